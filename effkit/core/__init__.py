@@ -1,0 +1,1 @@
+"""What every chapter stands on: techniques, tasks, readings, surgery, files, training, generation."""

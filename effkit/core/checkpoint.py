@@ -1,0 +1,184 @@
+"""One file for a transformed model: it opens without its recipe, in a fresh process, and never holds a pickle.
+
+Problem   A rewritten model no longer fits its class: some layers are packed, narrowed, masked, factorized.
+Idea      Beside the tensors, the safetensors header lists for each module its kind, from a closed registry, and the
+          numbers its constructor takes. Opening builds the root, puts each listed module in place, then loads tensors.
+Checked   A SHA-256 over header and tensors; a schema version.
+Left out  Models whose class is foreign: their owner passes `base`, an instance of the original architecture.
+"""
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from effkit.core.paths import write_atomically
+
+SCHEMA = 1
+#: modules of torch that are rebuilt from the numbers their constructors take
+_TORCH = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.ReLU, nn.GELU,
+          nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Identity, nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # fmt: skip
+KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _TORCH}
+_CONTAINERS = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList}
+
+
+def stored(kind: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: files may hold modules of this kind. Its constructor's arguments must be attributes of it, or
+    it has a method `numbers` that returns them as JSON."""
+    if kind.__name__ in KINDS:
+        raise ValueError(f"two kinds of module are called {kind.__name__}; rename one of them")
+    KINDS[kind.__name__] = kind
+    return kind
+
+
+def numbers(module: nn.Module) -> dict:
+    """The constructor's arguments, read from the module itself, so that a narrowed layer says its new width."""
+    if hasattr(module, "numbers"):
+        return module.numbers()
+    kind = parametrize.type_before_parametrizations(module)
+    names = [n for n in inspect.signature(kind).parameters if n not in ("device", "dtype", "inplace") and not n.startswith("_")]
+    values = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    return {n: v is not None if isinstance(v, Tensor) or n == "bias" else v for n, v in values.items()}
+
+
+def save(model: nn.Module, path: str | Path) -> int:
+    """Writes the model as one safetensors file and returns its size in bytes. Shared tensors are written once."""
+    tensors, ties = _unique_tensors(model)
+    header = {"schema": SCHEMA, "root": type(model).__name__, "modules": describe(model), "ties": ties,
+              "training": model.training, "frozen": [n for n, p in model.named_parameters() if not p.requires_grad]}  # fmt: skip
+    header["sha256"] = _digest(header, tensors)
+    data = to_bytes(tensors, metadata={"effkit": json.dumps(header, separators=(",", ":"))})
+    write_atomically(Path(path), data)
+    return len(data)
+
+
+def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """Opens a file that `save` wrote. base: a module of the original class, needed only where effkit does not know it.
+
+    Raises ValueError when the file is cut short, altered, of another schema, or needs a base.
+    """
+    header, tensors = _read(Path(path))
+    with torch.device("meta"):
+        model = _build_root(header, base)
+        for where, spec in header["modules"].items():
+            model = _place(model, where, spec)
+    for alias, original in header["ties"].items():
+        tensors[alias] = tensors[original]
+    _assign(model, tensors)
+    for alias, original in header["ties"].items():
+        _tie(model, alias, original)
+    frozen = set(header["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen and parameter.is_floating_point())
+    return model.train(header["training"])
+
+
+def describe(model: nn.Module) -> dict[str, list]:
+    """path -> [kind, numbers, parametrizations] for every module of a known kind, parents before children."""
+    result = {}
+    for path, module in model.named_modules():
+        kind = parametrize.type_before_parametrizations(module)
+        if kind in (nn.Sequential, nn.ModuleList):
+            result[path] = [kind.__name__, list(module._modules), {}]
+        elif KINDS.get(kind.__name__) is kind and "parametrizations" not in path:
+            held = {n: [[type(p).__name__, numbers(p)] for p in plist] for n, plist in getattr(module, "parametrizations", {}).items()}
+            result[path] = [kind.__name__, numbers(module), held]
+    return result
+
+
+def _build_root(header: dict, base: nn.Module | None) -> nn.Module:
+    spec = header["modules"].get("")
+    if spec is not None:
+        return _make(spec)
+    if base is None:
+        raise ValueError(f"this file holds a {header['root']}, a class effkit does not know; pass base={header['root']}(...), freshly built")
+    return base.to("meta")
+
+
+def _make(spec: list) -> nn.Module:
+    kind, details, held = spec
+    if kind in _CONTAINERS:
+        made = _CONTAINERS[kind]()
+        for name in details:
+            made.add_module(name, nn.Identity())
+        return made
+    if kind not in KINDS:
+        raise ValueError(f"no kind of module called {kind!r} in this version of effkit; it knows {', '.join(sorted(KINDS))}")
+    module = KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in details.items()})
+    for name, specs in held.items():
+        for parametrization in specs:
+            parametrize.register_parametrization(module, name, _make([*parametrization, {}]), unsafe=True)
+    return module
+
+
+def _place(model: nn.Module, path: str, spec: list) -> nn.Module:
+    """Puts the described module at its path unless an equal one stands there already."""
+    if path == "":
+        return model
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    there = holder._modules.get(name)
+    if there is None or describe(there).get("") != spec:
+        holder._modules[name] = _make(spec)
+    return model
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, contiguous and without slack, and which further names share it."""
+    seen: dict[tuple, str] = {}
+    tensors, ties = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if key in seen:
+            ties[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return tensors, ties
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors, both checked."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("effkit", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or make it again") from error
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        found = header.get("schema") if isinstance(header, dict) else "no effkit header"
+        raise ValueError(f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save")
+    if header.pop("sha256", None) != _digest(header, tensors):
+        raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; fetch or make it again")
+    return header, tensors
+
+
+def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"the file does not fit the model: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; was base built with other sizes?")
+
+
+def _tie(model: nn.Module, alias: str, original: str) -> None:
+    """Makes both names one Parameter again."""
+    (a_parent, _, a_name), (o_parent, _, o_name) = alias.rpartition("."), original.rpartition(".")
+    holder = model.get_submodule(a_parent)
+    store = holder._parameters if a_name in holder._parameters else holder._buffers
+    store[a_name] = getattr(model.get_submodule(o_parent), o_name)

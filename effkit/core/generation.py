@@ -1,0 +1,234 @@
+"""Generating text: logits to probabilities, the loop, and what a cache is.
+
+A decoder owns no attention: each layer hands its queries, keys and values, not yet rotated, to a Cache and gets the
+attention's output back. What is kept, where, in which precision, and when it is thrown away is the cache's affair,
+so chapters 07 and 08 change all of it without touching the model.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effkit.core.checkpoint import stored
+from effkit.core.checks import require_float, require_int
+
+
+@stored
+class Rope(nn.Module):
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34), pairing dimension i with i + d/2."""
+
+    def __init__(self, head_dim: int, theta: float = 10_000.0):
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def tables(self, positions: Int[Tensor, "*b n"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles, in float32 until the end: a bfloat16 angle is wrong from position 256 on."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=wide) / self.head_dim
+        angles = positions[..., None].to(wide) * self.theta**-exponents
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, x: Float[Tensor, "b h n d"], tables: tuple[Tensor, Tensor]) -> Float[Tensor, "b h n d"]:
+        """Each pair (x1, x2) turned by its angle."""
+        cos, sin = tables
+        cos, sin = (cos[:, None], sin[:, None]) if cos.dim() == 3 else (cos, sin)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Cache:
+    """What attention may look back on.
+
+    advance(n)                  once a pass, by the model, before the layers; returns the positions of n new tokens
+    attend(layer, q, k, v)      once a layer; q, k not yet rotated; returns the attention's output
+    truncate(n)                 forget everything from position n on (speculation takes rejected tokens back)
+    """
+
+    keeps = True  # False: every pass must be fed the whole text again
+
+    def __init__(self, rope: Rope):
+        self.rope = rope
+        self.length = 0
+
+    def advance(self, n: int, *, device=None, dtype=torch.float32) -> Int[Tensor, " n"]:
+        positions = torch.arange(self.length, self.length + n, device=device)
+        self.tables = self.rope.tables(positions, dtype)
+        self.length += n
+        return positions
+
+    def attend(self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]) -> Float[Tensor, "b h n d"]:
+        raise NotImplementedError
+
+    def truncate(self, n: int) -> None:
+        raise NotImplementedError
+
+    def nbytes(self) -> int:
+        """Bytes held for keys and values."""
+        raise NotImplementedError
+
+
+class NoCache(Cache):
+    """Keeps nothing: one pass over the whole text, as in training; the quadratic cost that chapter 07 begins with."""
+
+    keeps = False
+
+    def advance(self, n, *, device=None, dtype=torch.float32):
+        self.length = 0
+        return super().advance(n, device=device, dtype=dtype)
+
+    def attend(self, layer, q, k, v):
+        return attention(self.rope(q, self.tables), self.rope(k, self.tables), v)
+
+    def truncate(self, n: int) -> None:
+        """Nothing is kept, so nothing has to be taken back."""
+
+    def nbytes(self) -> int:
+        return 0
+
+
+class ConcatCache(Cache):
+    """Keys, rotated, and values of all tokens so far, grown by concatenation: every step copies everything once."""
+
+    def __init__(self, rope: Rope):
+        super().__init__(rope)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def attend(self, layer: int, q, k, v):
+        q, k = self.rope(q, self.tables), self.rope(k, self.tables)
+        if layer == len(self.keys):
+            self.keys.append(k)
+            self.values.append(v)
+        else:
+            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
+            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
+        return attention(q, self.keys[layer], self.values[layer])
+
+    def truncate(self, n: int) -> None:
+        self.length = min(self.length, n)
+        self.keys = [k[:, :, :n] for k in self.keys]
+        self.values = [v[:, :, :n] for v in self.values]
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+def attention(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m d"]) -> Float[Tensor, "b h n d"]:
+    """Causal attention of the last n of m positions; h query heads share g key-value heads."""
+    n, m = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if n == m and n > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    mask = None if n == 1 else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """From logits to the distribution that is sampled; temperature 0 is greedy. One function for plain and for
+    speculative decoding: that both draw from the same distribution is what makes exactness provable."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        require_float("temperature", self.temperature, 0.0, hint="0 is greedy")
+        if self.top_k is not None:
+            require_int("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            require_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+
+    def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+        """The distribution, in float32 at least."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], -torch.inf)
+        probabilities = logits.softmax(-1)
+        return probabilities if self.top_p is None else nucleus(probabilities, self.top_p)
+
+    def draw(self, logits: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return sample(self.probabilities(logits), rng)
+
+
+def nucleus(probabilities: Float[Tensor, "... vocab"], top_p: float) -> Float[Tensor, "... vocab"]:
+    """The smallest set of most probable tokens that holds top_p of the mass (Holtzman et al. 2019, arXiv:1904.09751)."""
+    ordered, index = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < top_p, ordered, 0.0)
+    kept = torch.zeros_like(probabilities).scatter(-1, index, kept)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def sample(probabilities: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
+    """One token from each distribution."""
+    flat = probabilities.reshape(-1, probabilities.shape[-1])
+    return torch.multinomial(flat, 1, generator=rng).reshape(probabilities.shape[:-1])
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    ids: Int[Tensor, "b n"],
+    max_new_tokens: int,
+    *,
+    sampler: Sampler = Sampler(),
+    stop: int | Collection[int] | None = None,
+    rng: torch.Generator | None = None,
+) -> Int[Tensor, "b m"]:
+    """Prompt and continuation, token by token with the model's own cache. Ends early once every row has produced a
+    stop token; a row that has goes on repeating it."""
+    check_prompt(model, ids, max_new_tokens)
+    stops = stop_tensor(stop, ids.device)
+    cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens)
+    fed, done = ids, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        token = sampler.draw(model(fed, cache)[:, -1], rng)
+        token = torch.where(done, ids[:, -1], token)
+        ids = torch.cat((ids, token[:, None]), dim=1)
+        done = done | torch.isin(token, stops)
+        if done.all():
+            break
+        fed = token[:, None] if cache.keeps else ids
+    return ids
+
+
+def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
+    """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be of shape (batch, tokens) with at least one token, got {tuple(ids.shape)}; begin with a start-of-text token")
+    require_int("max_new_tokens", max_new_tokens, 0)
+    context = getattr(model, "context", None)
+    if context is not None and ids.shape[1] + max_new_tokens > context:
+        raise ValueError(f"{ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of {context}; shorten the prompt or ask for less")
+
+
+def stop_tensor(stop: int | Collection[int] | None, device) -> Int[Tensor, " s"]:
+    stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    return torch.tensor(stops, dtype=torch.long, device=device)
+
+
+@stored
+class Concatenating(nn.Module):
+    """The decoder's default: a cache that grows by concatenation."""
+
+    def new(self, model: nn.Module, *, capacity: int) -> Cache:
+        return ConcatCache(model.rope)  # type: ignore[arg-type]
+
+
+@stored
+class Autoregressive(nn.Module):
+    """The decoder's default way to generate: one token a pass."""
+
+    def forward(self, model: nn.Module, ids: Tensor, max_new_tokens: int, **settings) -> Tensor:
+        return generate(model, ids, max_new_tokens, **settings)

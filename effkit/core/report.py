@@ -1,0 +1,197 @@
+"""Readings: numbers that say where they come from.
+
+Problem   "1.8x faster" means nothing without how it was obtained and how much it varies.
+Idea      A Reading carries value, unit, provenance and spread; arithmetic hands on the weakest provenance.
+Source    Propagation of spread: to first order, relative spreads add in quadrature (JCGM 100:2008, eq. 10).
+"""
+
+import html
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+#: weakest first; a ratio of a measurement and an estimate is an estimate
+PROVENANCES = ("estimated", "recorded", "measured", "counted")
+_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+_BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number. `spread` is in the same unit: the interquartile range of a time, the standard error of a mean.
+
+    `better` is "lower", "higher" or "" and says which way an improvement points.
+    """
+
+    value: float
+    unit: str
+    provenance: str
+    spread: float | None = None
+    better: str = ""
+    note: str = ""
+
+    def __post_init__(self):
+        if self.provenance not in PROVENANCES:
+            raise ValueError(f"provenance must be one of {', '.join(PROVENANCES)}, got {self.provenance!r}")
+
+    def __truediv__(self, other: "Reading | float") -> "Reading":
+        unit = "x" if isinstance(other, Reading) and other.unit == self.unit else self._unit_with(other, "/")
+        return self._combine(other, self.value / _value(other), unit, relative=True)
+
+    def __mul__(self, other: "Reading | float") -> "Reading":
+        return self._combine(other, self.value * _value(other), self._unit_with(other, "*"), relative=True)
+
+    def __sub__(self, other: "Reading | float") -> "Reading":
+        return self._combine(other, self.value - _value(other), self._same_unit(other), relative=False)
+
+    def __add__(self, other: "Reading | float") -> "Reading":
+        return self._combine(other, self.value + _value(other), self._same_unit(other), relative=False)
+
+    def _unit_with(self, other, sign: str) -> str:
+        return f"{self.unit}{sign}{other.unit}" if isinstance(other, Reading) else self.unit
+
+    def _same_unit(self, other) -> str:
+        if isinstance(other, Reading) and other.unit != self.unit:
+            raise ValueError(f"cannot add {self.unit} and {other.unit}: convert one of them first")
+        return self.unit
+
+    def _combine(self, other, value: float, unit: str, *, relative: bool) -> "Reading":
+        if not isinstance(other, Reading):
+            scale = abs(value / self.value) if relative and self.value else 1.0
+            return replace(self, value=value, unit=unit, spread=None if self.spread is None else self.spread * scale)
+        weakest = min(self.provenance, other.provenance, key=PROVENANCES.index)
+        spreads = [(r.spread / abs(r.value) if relative and r.value else r.spread) for r in (self, other) if r.spread is not None]
+        size = math.hypot(*spreads) * (abs(value) if relative else 1.0) if spreads else None
+        return Reading(value, unit, weakest, size)
+
+    @property
+    def unsteady(self) -> bool:
+        """True where the spread exceeds a tenth of the value: measure again before believing."""
+        return self.spread is not None and self.provenance == "measured" and self.unit == "s" and self.spread > 0.1 * abs(self.value)
+
+    def to_json(self) -> dict:
+        return {"value": self.value, "unit": self.unit, "provenance": self.provenance, "spread": self.spread}
+
+    def __str__(self) -> str:
+        scale, unit = _scaled(self.value, self.unit)
+        text = _digits(self.value / scale)
+        if self.spread is not None:
+            text += f" ±{_digits(self.spread / scale)}"
+        return ("~" if self.provenance == "estimated" else "") + f"{text} {unit}".rstrip() + (" (!)" if self.unsteady else "")
+
+
+def _value(other) -> float:
+    return other.value if isinstance(other, Reading) else float(other)
+
+
+def _scaled(value: float, unit: str) -> tuple[float, str]:
+    """The prefix that leaves 1 to 999 before the point: 0.0021 s is 2.1 ms, 2,097,152 B is 2 MiB."""
+    size = abs(value)
+    if unit == "s":
+        return next(((s, u) for s, u in _TIMES if size >= s), _TIMES[-1] if size else (1.0, "s"))
+    if unit == "B":
+        return next(((s, u) for s, u in _BINARY if size >= s), (1.0, "B"))
+    if unit in ("", "params", "macs", "flops", "nonzeros"):
+        return next(((s, f"{p} {unit}".strip()) for s, p in _PREFIXES if size >= 10 * s), (1.0, unit))
+    return 1.0, unit
+
+
+def _digits(value: float) -> str:
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The readings of one model under one workload; a mapping from the reading's name."""
+
+    name: str
+    readings: dict[str, Reading]
+    workload: str = ""
+
+    def __getitem__(self, key: str) -> Reading:
+        if key not in self.readings:
+            raise KeyError(f"{self.name} has no reading {key!r}; it has {', '.join(self.readings)}")
+        return self.readings[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.readings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readings)
+
+    def to_json(self) -> dict:
+        return {"name": self.name, "workload": self.workload, "readings": {k: r.to_json() for k, r in self.readings.items()}}
+
+    def __str__(self) -> str:
+        return str(Table([self]))
+
+    def _repr_html_(self) -> str:
+        return Table([self])._repr_html_()
+
+
+@dataclass
+class Table:
+    """Reports side by side, the first being the baseline; text in a terminal, HTML in a notebook."""
+
+    reports: list[Report] = field(default_factory=list)
+    title: str = ""
+
+    def add(self, report: Report) -> "Table":
+        self.reports.append(report)
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for report in self.reports for name in report))
+
+    def __getitem__(self, name: str) -> Report:
+        for report in self.reports:
+            if report.name == name:
+                return report
+        raise KeyError(f"no row {name!r}; there are {', '.join(r.name for r in self.reports)}")
+
+    def __iter__(self) -> Iterator[Report]:
+        return iter(self.reports)
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def cells(self) -> list[list[str]]:
+        """Header and rows as text; a reading that a row lacks is a dash."""
+        rows = [[report.name, *(str(report[c]) if c in report else "-" for c in self.columns)] for report in self.reports]
+        return [["", *self.columns], *rows]
+
+    def to_json(self) -> str:
+        return json.dumps([report.to_json() for report in self.reports], indent=1)
+
+    def __str__(self) -> str:
+        lines = _aligned(self.cells())
+        return "\n".join(filter(None, [self.title, *lines, self.footnote()]))
+
+    def footnote(self) -> str:
+        """Says what the marks mean, for those that occur, and which workload was timed."""
+        readings = [r for report in self.reports for r in report.readings.values()]
+        marks = [f"workload: {w}" for w in dict.fromkeys(r.workload for r in self.reports) if w]
+        marks += ["~ estimated"] if any(r.provenance == "estimated" for r in readings) else []
+        marks += ["± spread"] if any(r.spread is not None for r in readings) else []
+        marks += ["(!) spread over 10 % of the median: the machine was busy"] if any(r.unsteady for r in readings) else []
+        return "; ".join(marks)
+
+    def _repr_html_(self) -> str:
+        head, *rows = self.cells()
+        th = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in head)
+        body = "".join(f"<tr><th scope='row'>{html.escape(r[0])}</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in r[1:]) + "</tr>" for r in rows)
+        caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{caption}<thead><tr>{th}</tr></thead><tbody>{body}</tbody></table><p><small>{html.escape(self.footnote())}</small></p>"
+
+
+def _aligned(rows: Iterable[list[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows]

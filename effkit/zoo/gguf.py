@@ -1,0 +1,85 @@
+"""Reading a Llama-family model from a GGUF file with the `gguf` package alone; no transformers needed.
+
+GGUF stores the rows of q and k in the order of the original interleaved rotary layout (pairs 2i, 2i + 1), while
+GPT pairs i with i + d/2, so each head's rows are put back.
+"""
+
+from pathlib import Path
+
+import gguf
+import torch
+from gguf.quants import dequantize
+from jaxtyping import Float
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from effkit.zoo.gpt import GPT
+
+_NAMES = {
+    "attn_q": "attention.q", "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o",
+    "ffn_gate": "ff.gate", "ffn_up": "ff.up", "ffn_down": "ff.down", "attn_norm": "attention_norm", "ffn_norm": "ff_norm",
+}  # fmt: skip
+
+
+def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
+    """Model in float32 and tokenizer. Raises ValueError for another architecture."""
+    reader = gguf.GGUFReader(str(path))
+    if field(reader, "general.architecture") != "llama":
+        raise ValueError(f"{path} holds the architecture {field(reader, 'general.architecture')!r}; only 'llama' is read here")
+    heads, kv_heads = field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")
+    weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    with torch.device("meta"):
+        model = GPT(
+            vocab_size=weights["token_embd.weight"].shape[0],
+            d_model=field(reader, "llama.embedding_length"),
+            layers=field(reader, "llama.block_count"),
+            heads=heads,
+            kv_heads=kv_heads,
+            d_ff=field(reader, "llama.feed_forward_length"),
+            rope_theta=field(reader, "llama.rope.freq_base"),
+            norm_eps=field(reader, "llama.attention.layer_norm_rms_epsilon"),
+            tied="output.weight" not in weights,
+            context=field(reader, "llama.context_length"),
+        )
+    state = {}
+    for name, tensor in weights.items():
+        tensor = half_layout(tensor, heads) if "attn_q.weight" in name else tensor
+        tensor = half_layout(tensor, kv_heads) if "attn_k.weight" in name else tensor
+        state[our_name(name)] = tensor
+    model.load_state_dict(state, assign=True)
+    return model.eval(), tokenizer(reader)
+
+
+def field(reader: gguf.GGUFReader, key: str):
+    """A metadata value as a plain Python object."""
+    if key not in reader.fields:
+        raise ValueError(f"the GGUF file has no field {key}: it is damaged, or not a language model")
+    return reader.fields[key].contents()
+
+
+def our_name(name: str) -> str:
+    """blk.3.attn_q.weight -> blocks.3.attention.q.weight"""
+    top = {"token_embd.weight": "embedding.weight", "output_norm.weight": "norm.weight", "output.weight": "head.weight"}
+    if name in top:
+        return top[name]
+    _, number, part, kind = name.split(".")
+    return f"blocks.{number}.{_NAMES[part]}.{kind}"
+
+
+def half_layout(weight: Float[Tensor, "hd d_model"], heads: int) -> Float[Tensor, "hd d_model"]:
+    """Rows of each head from (pair, side) order to (side, pair) order."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
+
+
+def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
+    """The byte-level BPE in the file's metadata; control tokens are matched whole."""
+    tokens, kinds = field(reader, "tokenizer.ggml.tokens"), field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(m.split(" ")) for m in field(reader, "tokenizer.ggml.merges")]
+    made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False))
+    # SmolLM's pre-tokenizer splits single digits, then words as GPT-2 does
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    control = int(gguf.TokenType.CONTROL)
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == control])
+    return made
