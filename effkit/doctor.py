@@ -1,0 +1,184 @@
+"""What this machine lacks for the course, and how to get it: one short question a function, one line an answer."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from effkit.core.paths import cache_dir, checkout
+
+GIB = 2**30
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+INSTALL = "python -m pip install -c requirements.lock"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was seen; `remedy` is empty where nothing is amiss; only what is `required` makes the doctor fail."""
+
+    subject: str
+    seen: str
+    remedy: str = ""
+    required: bool = False
+
+
+def examine() -> list[Finding]:
+    """All findings, most important first."""
+    return [question() for question in QUESTIONS]
+
+
+def python() -> Finding:
+    remedy = "" if sys.version_info >= (3, 11) else "install Python 3.11 or later and make .venv anew"
+    seen = f"{platform.python_version()}, {platform.system()} on {platform.machine()}"
+    return Finding("Python", seen, remedy, required=True)
+
+
+def dependencies() -> Finding:
+    missing = _missing(_requirements(extra=None))
+    seen = f"missing: {', '.join(missing)}" if missing else "all there"
+    return Finding("dependencies", seen, f"{INSTALL} -e ." if missing else "", required=True)
+
+
+def torch() -> Finding:
+    try:
+        torch = importlib.import_module("torch")
+    except (ImportError, OSError) as error:
+        return Finding("torch", f"cannot be imported: {error}", f"{INSTALL} torch", required=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, and none is needed"
+    return Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads; {device}", required=True)
+
+
+def torchvision() -> Finding:
+    try:
+        torchvision = importlib.import_module("torchvision")
+        extension = importlib.import_module("torchvision.extension")
+    except (ImportError, OSError, RuntimeError) as error:
+        remedy = "install the torchvision that was released with your torch"
+        return Finding("torchvision", f"cannot be imported: {error}", remedy, required=True)
+    operators = "with" if extension._has_ops() else "without"
+    return Finding(
+        "torchvision", f"{torchvision.__version__}, {operators} its compiled operators (none is needed)", required=True
+    )
+
+
+def compiler() -> Finding:
+    """Looks where everybody looks: $CC, then the usual names."""
+    names = (os.environ.get("CC") or "cc", "cc", "gcc", "clang", "cl")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    remedy = "kernels fall back to torch; for native ones, Debian: apt install gcc; macOS: xcode-select --install"
+    return Finding("C compiler", found or "none", "" if found else remedy)
+
+
+def processor() -> Finding:
+    """Linux lists the features that efficiency hangs on; elsewhere the name must do."""
+    told = _read("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", told)
+    features = [name for name in FEATURES if name in told.split()] or ["its features are not listed"]
+    name = model[1] if model else platform.processor() or platform.machine()
+    return Finding("processor", f"{name}, {os.cpu_count()} cores: {' '.join(features)}")
+
+
+def memory() -> Finding:
+    free = _free_memory()
+    seen = "unknown on this system" if free is None else f"{free / GIB:.1f} GiB free"
+    short = free is not None and free < 2 * GIB
+    return Finding("memory", seen, "the tour wants 2 GiB: close other programs or kernels" if short else "")
+
+
+def disk() -> Finding:
+    free = shutil.disk_usage(_nearest(cache_dir())).free
+    remedy = "" if free >= GIB else "smollm2 and kernels want 1 GiB: make room, or set EFFKIT_CACHE to another disk"
+    return Finding("disk", f"{free / GIB:.1f} GiB free for {cache_dir()}", remedy)
+
+
+def cache() -> Finding:
+    """Writing is tried, for permissions alone don't tell on network drives."""
+    folder = cache_dir() / "kernels"
+    probe = folder / f"doctor-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        seen = f"{folder} cannot be written: {error.strerror}"
+        return Finding("kernel cache", seen, "set EFFKIT_CACHE to a folder of yours")
+    return Finding("kernel cache", f"{folder} can be written")
+
+
+def smollm2() -> Finding:
+    from effkit.zoo.fetch import where
+
+    found = where("smollm2")
+    remedy = "" if found else "effkit fetch smollm2 (98 MB; only the rows on the real model need it)"
+    return Finding("smollm2", str(found or "not fetched"), remedy)
+
+
+def energy() -> Finding:
+    counters = [path for path in Path("/sys/class/powercap").glob("*/energy_uj") if os.access(path, os.R_OK)]
+    return Finding(
+        "energy", f"{len(counters)} counters can be read" if counters else "no counter: joules are estimates"
+    )
+
+
+def peers() -> Finding:
+    return _extra("peers", "the cells that compare with them say so and are passed over")
+
+
+def dev() -> Finding:
+    return _extra("dev", "`effkit test` and `effkit check` need them")
+
+
+QUESTIONS: tuple[Callable[[], Finding], ...] = (
+    python, dependencies, torch, torchvision, compiler, processor, memory, disk, cache, smollm2, energy, peers, dev,
+)  # fmt: skip
+
+
+def _extra(name: str, consequence: str) -> Finding:
+    wanted = _requirements(extra=name)
+    missing = _missing(wanted)
+    remedy = f"{consequence}: {INSTALL} -e '.[{name}]'" if missing else ""
+    return Finding(f"extra `{name}`", f"missing: {', '.join(missing)}" if missing else ", ".join(wanted), remedy)
+
+
+def _requirements(extra: str | None) -> list[str]:
+    """The names of the distributions that pyproject.toml asks for."""
+    import tomllib
+
+    project = tomllib.loads((checkout() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    return [re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in wanted]
+
+
+def _missing(names: list[str]) -> list[str]:
+    installed = {_normal(found.name) for found in importlib.metadata.distributions() if found.name}
+    return [name for name in names if _normal(name) not in installed]
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _free_memory() -> int | None:
+    """Bytes that may still be taken: what the system has left, or what a container's limit leaves, if that is less."""
+    available = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    free = [int(available[1]) * 1024] if available else []
+    if limit.isdigit() and used.isdigit():
+        free.append(int(limit) - int(used))
+    return min(free, default=None)
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
