@@ -1,0 +1,113 @@
+"""Files are written whole or not at all, and each thing has its place."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from effkit.core import paths
+
+
+def full_disk(file):
+    file.write(b"the first half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(file):
+    file.write(b"the first half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("content", [b"new", lambda file: file.write(b"new")], ids=["bytes", "writer"])
+def test_writes_into_folders_that_are_not_there_yet(tmp_path, content):
+    target = tmp_path / "a b" / "c" / "file"
+    paths.write_atomically(target, content)
+    assert target.read_bytes() == b"new"
+    assert os.listdir(target.parent) == ["file"]
+
+
+@pytest.mark.parametrize("writer, error", [(full_disk, OSError), (interrupted, KeyboardInterrupt)])
+def test_a_failing_writer_leaves_nothing_behind(tmp_path, writer, error):
+    with pytest.raises(error):
+        paths.write_atomically(tmp_path / "file", writer)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space"):
+        paths.write_atomically(target, full_disk)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_that_shows_only_when_flushing_leaves_the_old_file(tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        paths.write_atomically(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_modes_are_those_of_an_ordinary_file(tmp_path):
+    """In a shared course folder others must read what one has written; tempfile's 0600 would not let them."""
+    (tmp_path / "ordinary").touch()
+    paths.write_atomically(tmp_path / "ours", b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    (tmp_path / "ours").chmod(0o640)
+    paths.write_atomically(tmp_path / "ours", b"again")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("target")
+    paths.write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    "platform, environment, wanted",
+    [
+        ("linux", {}, "~/.cache/effkit"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/effkit"),
+        ("linux", {"XDG_CACHE_HOME": ""}, "~/.cache/effkit"),
+        ("darwin", {"XDG_CACHE_HOME": "/xdg"}, "~/Library/Caches/effkit"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/effkit"),
+        ("win32", {}, "~/AppData/Local/effkit"),
+        ("linux", {"XDG_CACHE_HOME": "/xdg", "EFFKIT_CACHE": "/mine"}, "/mine"),
+        ("darwin", {"EFFKIT_CACHE": "~/mine"}, "~/mine"),
+    ],
+)
+def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, platform, environment, wanted):
+    for name in ("EFFKIT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(paths.sys, "platform", platform)
+    assert paths.cache_dir() == Path(wanted).expanduser()
+
+
+@pytest.mark.parametrize("place, variable", [(paths.data_dir, "EFFKIT_DATA"), (paths.work_dir, "EFFKIT_WORK")])
+def test_an_environment_variable_moves_a_place(monkeypatch, tmp_path, place, variable):
+    monkeypatch.delenv(variable, raising=False)
+    assert place().parent == paths.checkout()
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert place() == tmp_path
+
+
+def test_without_a_checkout_the_error_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "site-packages/effkit/core/paths.py"))
+    with pytest.raises(FileNotFoundError, match=r"clone the repository .* `pip install -e \.`"):
+        paths.checkout()

@@ -1,0 +1,98 @@
+"""The files that describe the project agree with each other, and with what a fresh machine needs."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group]
+
+
+def locked() -> dict[str, Version]:
+    """Name to version, refusing any line that is not exactly `name==version`: no hash, no address, no local label."""
+    lines = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    ]
+    pins = [
+        re.fullmatch(r"([A-Za-z0-9._-]+)==([\w.]+)", line) or pytest.fail(f"not a pin: {line!r}")
+        for line in lines
+        if line
+    ]
+    return {canonicalize_name(pin[1]): Version(pin[2]) for pin in pins}
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_every_direct_dependency_is_locked_inside_its_range(requirement):
+    assert locked()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_ranges_are_loose_but_closed(requirement):
+    operators = {clause.operator for clause in requirement.specifier}
+    assert operators == {">=", "<"}, "a lower bound that works, and the next breaking release"
+
+
+def test_torch_and_torchvision_are_of_one_release():
+    torch, torchvision = locked()["torch"], locked()["torchvision"]
+    assert (torch.major, torch.minor - torchvision.minor) == (2, -15), "torch 2.N goes with torchvision 0.(N + 15)"
+
+
+def test_peers_are_an_extra_only():
+    core = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert not core & {Requirement(line).name for line in EXTRAS["peers"]}
+
+
+def test_environment_agrees_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    assert environment["channels"] == ["conda-forge"]
+    *conda, by_pip = environment["dependencies"]
+    assert [re.split("[=<>]", line)[0] for line in conda] == ["python", "pip", "c-compiler"], (
+        "the project comes by pip alone"
+    )
+    python = next(line.removeprefix("python=") for line in conda if line.startswith("python="))
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
+    assert by_pip == {"pip": ["-c requirements.lock", f"-e .[{','.join(EXTRAS)}]"]}
+
+
+def test_citation_agrees_with_pyproject():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+
+
+def test_make_wraps_commands_that_exist():
+    from typer.main import get_command
+
+    from effkit.cli import app
+
+    targets = re.findall(r"^([a-z][a-z ]*): \.venv/\.installed", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    wrapped = {target for line in targets for target in line.split()}
+    assert wrapped <= set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("installed", [".venv/.installed", ".venv/.installed-dev"])
+def test_a_second_run_installs_nothing(installed, tmp_path):
+    """In a folder with a space in its name; a stamp newer than what it depends on leaves make nothing to do."""
+    folder = tmp_path / "a b"
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    (folder / ".venv/bin/python").touch()
+    first = make(folder, installed)
+    assert "pip install" in first and "venv --clear" not in first, "a .venv made by hand is kept"
+    (folder / installed).touch()
+    assert "pip install" not in make(folder, installed)
+
+
+def make(folder: Path, target: str) -> str:
+    """What make would do."""
+    return subprocess.run(["make", "-n", target], cwd=folder, capture_output=True, text=True, check=True).stdout
