@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from effkit.core import native
 from effkit.core.paths import cache_dir, checkout
 
 GIB = 2**30
@@ -69,9 +70,7 @@ def torchvision() -> Finding:
 
 
 def compiler() -> Finding:
-    """Looks where everybody looks: $CC, then the usual names."""
-    names = (os.environ.get("CC") or "cc", "cc", "gcc", "clang", "cl")
-    found = next((path for path in map(shutil.which, names) if path), None)
+    found = native.compiler()
     remedy = "kernels fall back to torch; for native ones, Debian: apt install gcc; macOS: xcode-select --install"
     return Finding("C compiler", found or "none", "" if found else remedy)
 

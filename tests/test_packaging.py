@@ -1,6 +1,7 @@
 """The files that describe the project agree with each other, and with what a fresh machine needs."""
 
 import re
+import socket
 import subprocess
 import tomllib
 from pathlib import Path
@@ -96,3 +97,11 @@ def test_a_second_run_installs_nothing(installed, tmp_path):
 def make(folder: Path, target: str) -> str:
     """What make would do."""
     return subprocess.run(["make", "-n", target], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_no_test_reaches_the_network():
+    """The guard of conftest.py bites, and lets this machine speak with itself, as notebooks do with their kernels."""
+    with pytest.raises(pytest.fail.Exception, match="works without a network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=1).close()
