@@ -37,9 +37,13 @@ def execute(path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    # Without record_timing: times of execution in every cell would make each run a difference in git.
+    # record_timing would make each run a difference in git; the kernel's own warnings are not the notebook's.
     client = NotebookClient(
-        notebook, timeout=120, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=120,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()
     write_atomically(path, nbformat.writes(notebook).encode() + b"\n")
