@@ -1,0 +1,27 @@
+"""effkit: AI efficiency, built from scratch and measured honestly.
+
+    import effkit
+    model, task = effkit.load_model("gpt-small")
+    small = effkit.RTN(bits=4)(model, task)
+    print(effkit.compare({"float32": model, "4 bits": small}, task))
+"""
+
+from effkit.core.vision_ops import mend_torchvision
+
+mend_torchvision()
+
+from effkit import catalog, zoo  # noqa: E402 (torchvision has to be mended before anything can import it)
+from effkit.catalog import load_recipe, save_recipe, techniques  # noqa: E402
+from effkit.core.checkpoint import load, save  # noqa: E402
+from effkit.core.generation import Sampler, generate  # noqa: E402
+from effkit.core.report import Reading, Report, Table  # noqa: E402
+from effkit.core.surgery import log  # noqa: E402
+from effkit.core.task import Batches, Score, Task  # noqa: E402
+from effkit.core.technique import Identity, Pipeline, Technique, Trait  # noqa: E402
+
+__version__ = "0.1.0"
+catalog.techniques()  # files may hold any chapter's layers, so all of them register before the first `load`
+__all__ = [
+    "Batches", "Identity", "Pipeline", "Reading", "Report", "Sampler", "Score", "Table", "Task", "Technique", "Trait",
+    "generate", "load", "load_recipe", "log", "save", "save_recipe", "techniques", "zoo",
+]  # fmt: skip

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from effkit.core.checkpoint import stored
 from effkit.core.generation import Autoregressive, Cache, Concatenating, NoCache, Rope
 from effkit.core.surgery import dense_weight
+from effkit.zoo import hf
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,15 @@ class GPT(nn.Module):
     def generate(self, ids: Int[Tensor, "b n"], max_new_tokens: int, **settings) -> Int[Tensor, "b m"]:
         """Prompt and continuation; settings as in effkit.generate."""
         return self.decoding(self, ids, max_new_tokens, **settings)
+
+    @classmethod
+    def from_hf(cls, model: nn.Module) -> "GPT":
+        """The same decoder as a transformers.LlamaForCausalLM."""
+        return hf.from_hf(model)
+
+    def to_hf(self) -> nn.Module:
+        """The same decoder as a transformers.LlamaForCausalLM."""
+        return hf.to_hf(self)
 
     def _initialize(self, module: nn.Module) -> None:
         """Normal(0, 0.02); the projections back into the residual stream shrink with depth (Radford et al. 2019)."""

@@ -1,0 +1,29 @@
+"""Traits that more than one chapter speaks of; each is a predicate on the model that is really there."""
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from effkit.core.surgery import is_linear_like
+from effkit.core.technique import Trait
+
+
+def _float_weights(model: nn.Module) -> bool:
+    """Every linear or convolution layer holds its weight as floating-point numbers that can be trained."""
+    layers = [m for m in model.modules() if is_linear_like(m) or hasattr(m, "kernel_size") and hasattr(m, "out_channels")]
+    holders = [m for m in layers if not any(is_linear_like(child) for child in m.children())]
+    return all(isinstance(getattr(m, "weight", None), Tensor) and m.weight.is_floating_point() for m in holders)  # type: ignore[union-attr, operator]
+
+
+def _unmasked(model: nn.Module) -> bool:
+    """No tensor is parametrized: what a layer applies is what it stores."""
+    return not any(parametrize.is_parametrized(m) for m in model.modules())
+
+
+def _decoder(model: nn.Module) -> bool:
+    """The model generates text with caches of its own."""
+    return all(hasattr(model, name) for name in ("new_cache", "generate", "kv", "decoding"))
+
+
+FLOAT_WEIGHTS = Trait("float weights", _float_weights)
+UNMASKED = Trait("plain weights (no masks)", _unmasked)
+DECODER = Trait("a decoder", _decoder)

@@ -1,0 +1,256 @@
+"""Figures in the house's style: the title is the question, axes have units, and colour is never alone.
+
+The palette is Okabe & Ito's (2008), told apart by colour-blind readers; every series has its own line style and marker
+as well, for paper. Figures are plain objects: nothing touches matplotlib's global state, a window or a backend.
+Numbers may be plain or Readings, whose spread is then drawn.
+"""
+
+import base64
+import html
+import io
+import itertools
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from effkit.core.checks import require_choice
+from effkit.notebook import display, live
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#555555"
+DPI = 130  # of the stored picture, which is shown at 100
+
+
+def figure(title: str, xlabel: str, ylabel: str, *, panels: int = 1, size: tuple[float, float] = (6.4, 3.8)):
+    """A figure and its axes, or the array of its `panels`, which share scales. Raises ValueError for an empty text."""
+    for name, text in {"title": title, "xlabel": xlabel, "ylabel": ylabel}.items():
+        if not text.strip():
+            raise ValueError(f"{name} is empty; a title asks the figure's question, axes say what in which unit")
+    fig = Figure(figsize=size, layout="constrained")
+    grid = fig.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
+    for axes in grid:
+        axes.set_xlabel(xlabel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    grid[0].set_ylabel(ylabel)
+    fig.suptitle(textwrap.fill(title, int(size[0] * 10)), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return fig, grid[0] if panels == 1 else grid
+
+
+def lines(series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx=False, logy=False) -> Figure:
+    """One line a series: name -> (x, y) or (x, y, spread); the spread becomes a band."""
+    fig, axes = figure(title, xlabel, ylabel)
+    draw_lines(axes, series)
+    _scales(axes, logx, logy)
+    axes.legend(frameon=False)
+    return fig
+
+
+def draw_lines(axes: Axes, series: Mapping[str, Sequence]) -> None:
+    """The lines of `lines` on axes of your own, such as a panel of small multiples."""
+    for (name, (x, y, *spread)), style in zip(series.items(), _styles(), strict=False):
+        values = _values(y)
+        axes.plot(_values(x), values, label=name, markersize=4, **style)
+        band = _values(spread[0]) if spread else _spreads(y)
+        if band is not None:
+            axes.fill_between(_values(x), values - band, values + band, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def crossings(x: Sequence[float], a: Sequence[float], b: Sequence[float], *, logx=False) -> list[float]:
+    """Where the curves a and b cross, by straight lines between the points (in log x where asked)."""
+    place, gap = (np.log(_values(x)) if logx else _values(x)), _values(a) - _values(b)
+    found = []
+    for i in np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0):
+        found.append(place[i] - gap[i] * (place[i + 1] - place[i]) / (gap[i + 1] - gap[i]))
+    found += list(place[gap == 0])
+    return sorted(float(np.exp(p) if logx else p) for p in found)
+
+
+def crossover(x, a, b, *, names: tuple[str, str], title: str, xlabel: str, ylabel: str, logx=False, logy=False):
+    """Two curves and where one stops being the better choice; says so where they never cross."""
+    series = {names[0]: (x, a), names[1]: (x, b)}
+    fig = lines(series, title=title, xlabel=xlabel, ylabel=ylabel, logx=logx, logy=logy)
+    (axes,) = fig.axes
+    places = crossings(x, a, b, logx=logx)
+    for place in places:  # a legend entry would hide which of several it is
+        axes.axvline(place, color=GREY, linestyle=":", linewidth=1)
+        axes.annotate(f" {place:.3g}", (place, 0.02), xycoords=("data", "axes fraction"), color=GREY)
+    if not places:
+        axes.annotate("no crossing in this range", (0.5, 0.02), xycoords="axes fraction", ha="center", color=GREY)
+    return fig
+
+
+def bars(values: Mapping[str, object], *, title: str, xlabel: str, ylabel: str, xmax: float | None = None) -> Figure:
+    """One horizontal bar a name, so that names stay readable, each with its number; a Reading's spread as a whisker."""
+    fig, axes = figure(title, xlabel, ylabel, size=(6.4, 1.2 + 0.4 * len(values)))
+    numbers, spread = _values(values.values()), _spreads(values.values())
+    drawn = axes.barh(list(values), numbers, xerr=spread, color=COLOURS[0], height=0.6, error_kw={"ecolor": GREY})
+    for bar, hatch in zip(drawn, itertools.cycle(("", "//", "..", "\\\\", "xx")), strict=False):
+        bar.set(hatch=hatch, edgecolor="white")
+    axes.bar_label(drawn, [f"{number:.3g}" for number in numbers], padding=4)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlim(right=xmax)
+    axes.margins(x=0.12)
+    return fig
+
+
+def heatmap(
+    matrix, rows: Sequence, columns: Sequence, *, title: str, xlabel: str, ylabel: str, unit: str, center=None
+) -> Figure:
+    """A matrix as colours, its numbers in the cells where they fit; around `center`, two hues tell the sides apart."""
+    values = _array(matrix)
+    fig, axes = figure(title, xlabel, ylabel, size=(6.4, 1.8 + 0.35 * min(len(rows), 12)))
+    reach = np.nanmax(np.abs(values - (center or 0)))
+    limits = {} if center is None else {"vmin": center - reach, "vmax": center + reach}
+    image = axes.imshow(values, aspect="auto", cmap="cividis" if center is None else "PuOr", **limits)
+    axes.set_xticks(range(len(columns)), [str(c) for c in columns])
+    axes.set_yticks(range(len(rows)), [str(r) for r in rows])
+    axes.grid(False)
+    if values.size <= 120:
+        for (i, j), value in np.ndenumerate(values):
+            dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    fig.colorbar(image, ax=axes, label=unit)
+    return fig
+
+
+def histogram(values: Mapping[str, object], *, title: str, xlabel: str, bins: int = 60, logy=False) -> Figure:
+    """How values are distributed: the share in each bin, outlines only, so that none hides another."""
+    fig, axes = figure(title, xlabel, "share of values (%)")
+    flat = {name: _array(v).ravel() for name, v in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
+    for (name, v), style in zip(flat.items(), _styles(), strict=False):
+        share = 100 * np.histogram(v, edges)[0] / v.size
+        axes.stairs(share, edges, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
+    _scales(axes, False, logy)
+    axes.legend(frameon=False)
+    return fig
+
+
+def roofline(
+    peaks: Mapping[str, object], bandwidths: Mapping[str, object], points: Mapping[str, tuple], *, title: str
+) -> Figure:
+    """What bounds each point, arithmetic or memory (Williams et al. 2009, doi:10.1145/1498765.1498785).
+
+    peaks       dtype -> macs/s, such as a measured Roofline's `peaks`
+    bandwidths  level -> bytes/s, such as {"memory": roof.bandwidth, "cache": roof.cache_bandwidth}
+    points      name -> (intensity in macs a byte, speed in macs/s)
+    """
+    fig, axes = figure(title, "arithmetic intensity (macs a byte)", "speed (macs/s)")
+    tops, slopes = _values(peaks.values()), _values(bandwidths.values())
+    where = [*_values(x for x, _ in points.values()), tops.min() / slopes.max(), tops.max() / slopes.min()]
+    left, right = min(where) / 3, max(where) * 3
+    for name, slope, dash in zip(bandwidths, slopes, itertools.cycle(DASHES), strict=False):
+        ridge = tops.max() / slope
+        axes.plot([left, ridge], [left * slope, tops.max()], color=GREY, linestyle=dash, label=f"memory: {name}")
+    for name, top, style in zip(peaks, tops, _styles(), strict=False):
+        ends = [top / slopes.max(), right]
+        axes.plot(ends, [top, top], color=style["color"], linestyle=style["linestyle"], label=f"arithmetic: {name}")
+    for (name, (intensity, speed)), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
+        axes.plot(*_values((intensity, speed)), marker, color="black", label=name, linestyle="none")
+    _scales(axes, True, True)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def small_multiples(
+    draw: Callable[[Axes, object], None], values: Sequence, *, name: str, title: str, xlabel: str, ylabel: str
+) -> Figure:
+    """A row of panels with shared scales, `draw(axes, value)` on each: the still picture of a slider."""
+    fig, grid = figure(title, xlabel, ylabel, panels=len(values), size=(max(6.4, 2.2 * len(values)), 2.8))
+    for axes, value in zip(np.atleast_1d(grid), values, strict=True):
+        draw(axes, value)
+        axes.set_title(f"{name} = {value}", fontsize=10)
+    return fig
+
+
+def front(points: Mapping[str, tuple], *, lower_x=True, higher_y=True) -> list[str]:
+    """The names that no other point beats on both axes, in order of x (Pareto)."""
+    signs = np.array([1 if lower_x else -1, -1 if higher_y else 1])
+    costs = {name: _values(point) * signs for name, point in points.items()}
+    beaten = {n for n, c in costs.items() for o in costs.values() if (o <= c).all() and (o < c).any()}
+    return sorted(costs.keys() - beaten, key=lambda n: float(_values(points[n])[0]))
+
+
+def pareto(
+    points: Mapping[str, tuple], *, title: str, xlabel: str, ylabel: str, lower_x=True, higher_y=True, logx=False
+) -> Figure:
+    """Each choice a named point; the line joins those that no other beats on both axes, the others stay hollow."""
+    fig, axes = figure(title, xlabel, ylabel)
+    best = front(points, lower_x=lower_x, higher_y=higher_y)
+    x, y = np.array([_values(points[name]) for name in best]).T
+    axes.step(x, y, where="post" if lower_x else "pre", color=COLOURS[0], linewidth=1.5)
+    for name, point in points.items():
+        px, py = _values(point)
+        axes.plot(px, py, "o", color=COLOURS[0] if name in best else GREY, fillstyle="full" if name in best else "none")
+        axes.annotate(name, (px, py), (5, 4), textcoords="offset points", fontsize=9)
+    _scales(axes, logx, False)
+    axes.margins(0.15)
+    return fig
+
+
+def guess(fig: Figure, value: float | None, *, axis: str = "y", label: str = "your guess") -> Figure:
+    """Draws the learner's guess into the result, where there is one: a dotted line across the first panel."""
+    require_choice("axis", axis, ("x", "y"))
+    if isinstance(value, int | float):
+        axes = fig.axes[0]
+        line = axes.axhline if axis == "y" else axes.axvline
+        line(value, color=COLOURS[3], linestyle=(0, (1, 2)), linewidth=2, label=f"{label}: {value:g}")
+        axes.legend(frameon=False)
+    return fig
+
+
+def to_png(fig: Figure) -> bytes:
+    """The picture, the same bytes on every run; in 256 colours it is a third of the size, and notebooks stay light."""
+    raw, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format="png", dpi=DPI)
+    picture = Image.open(raw).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def show_figure(fig: Figure, *, alt: str) -> None:
+    """Displays the picture with a text of what is to be seen, which screen readers and terminals get instead.
+
+    JupyterLab drops the alt text of a picture, so the text follows once more, folded. Raises ValueError without one.
+    """
+    if not alt.strip():
+        raise ValueError("alt is empty; say in a sentence what is to be seen, as in alt='loss rises below 4 bits'")
+    png = base64.b64encode(to_png(fig)).decode()
+    display({"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": int(100 * fig.get_figwidth())}})
+    folded = f"<details><summary>the figure in words</summary>{html.escape(alt)}</details>"
+    if live():
+        display({"text/html": folded, "text/plain": ""})
+
+
+def _styles() -> Iterator[dict]:
+    cycle = zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), itertools.cycle(MARKERS), strict=False)
+    return ({"color": c, "linestyle": d, "marker": m} for c, d, m in cycle)
+
+
+def _scales(axes: Axes, logx: bool, logy: bool) -> None:
+    axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+
+
+def _array(numbers) -> np.ndarray:
+    """A tensor of any dtype, on any device, with or without a gradient; or anything that numpy takes."""
+    return np.asarray(numbers.detach().cpu().double() if hasattr(numbers, "detach") else numbers, dtype=float)
+
+
+def _values(numbers) -> np.ndarray:
+    """A row of plain numbers, tensors or Readings."""
+    return _array(numbers if hasattr(numbers, "detach") else [float(getattr(n, "value", n)) for n in numbers])
+
+
+def _spreads(numbers) -> np.ndarray | None:
+    """Readings' spreads; None where none has one."""
+    spreads = [getattr(n, "spread", None) for n in numbers]
+    return np.array([s or 0.0 for s in spreads]) if any(spreads) else None

@@ -1,0 +1,14 @@
+"""Chapter 01. Quantization: the same weights in fewer bits.
+
+affine      the map between reals and codes, groups, packing
+observers   which range: min-max, least squares
+packed      RTN: round to nearest, stored packed
+integer     W8A8: int8 matrix products with dynamic activation scales
+qat         QAT: train through the rounding
+"""
+
+from effkit.quantization.integer import W8A8
+from effkit.quantization.packed import RTN
+from effkit.quantization.qat import QAT
+
+__all__ = ["QAT", "RTN", "W8A8"]

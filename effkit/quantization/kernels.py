@@ -1,0 +1,34 @@
+"""The native matrix-vector product over packed 4-bit weights, and when it applies."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from effkit.core import native
+
+_SOURCE = Path(__file__).with_name("packed.c")
+
+
+def matvec(x: Tensor, store: nn.Module) -> Tensor | None:
+    """x (one token, any leading dimensions of size 1) times the packed matrix, or None where the kernel does not apply:
+    other bits or groups, several tokens, gradients wanted, no C compiler."""
+    rows, columns = store.shape
+    if store.bits != 4 or store.group_size != 32 or columns % 32 or x.numel() != columns or x.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    library = native.library(_SOURCE)
+    if library is None:
+        return None
+    x32 = x.detach().float().contiguous()
+    y = torch.empty(*x.shape[:-1], rows)
+    zero = store.zero_point.data_ptr() if store.zero_point is not None else None
+    library.matvec_int4(
+        *map(ctypes.c_void_p, (store.codes.data_ptr(), store.scale.data_ptr(), zero, x32.data_ptr(), y.data_ptr())),
+        ctypes.c_long(rows),
+        ctypes.c_long(columns),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return y.to(x.dtype)

@@ -1,0 +1,1 @@
+"""Long runs that anyone can repeat: the recipes of the shipped checkpoints, and sweeps whose results are recorded."""

@@ -1,0 +1,82 @@
+"""The two things a reader moves: a guess before the result, and a setting of it.
+
+Both say in text what they are: a notebook read without a kernel, or run by nbval, misses nothing but the moving.
+"""
+
+from collections.abc import Callable, Sequence
+
+from effkit.exercises.base import Question
+from effkit.notebook import display, live, say
+
+
+class Predict:
+    """Asks for a guess, keeps it in the question, and shows itself as the value of a cell.
+
+    `value` is None until the reader has typed or chosen something. Without ipywidgets or a kernel only the text is
+    shown, which names the other way: q.predict(...).
+    """
+
+    def __init__(self, question: Question, ask: str, *, options: Sequence[object] = (), unit: str = ""):
+        self.question, self.ask, self.options, self.unit = question, ask, tuple(options), unit
+
+    @property
+    def value(self) -> object:
+        return self.question.guess
+
+    def __repr__(self) -> str:
+        choice = f" ({', '.join(map(str, self.options))})" if self.options else f" ({self.unit})" if self.unit else ""
+        return f"**Your guess:** {self.ask}{choice}\n\nNo box below? Then write `q.predict(...)` in a cell of your own."
+
+    def _ipython_display_(self) -> None:
+        say(repr(self))
+        widget = self.widget()
+        if widget is not None:
+            display(widget._repr_mimebundle_())
+
+    def widget(self):
+        """The box or the choices with a line that confirms; None without ipywidgets or a kernel."""
+        widgets = _ipywidgets()
+        if widgets is None:
+            return None
+        if self.options:
+            entry = widgets.RadioButtons(options=self.options, value=None, description="your guess")
+        else:
+            entry = widgets.Text(placeholder="a number", description="your guess", continuous_update=False)
+        answer = widgets.HTML()
+        entry.observe(lambda change: setattr(answer, "value", self._keep(change["new"])), names="value")
+        return widgets.VBox([entry, answer])
+
+    def _keep(self, entered: object) -> str:
+        try:
+            guess = entered if self.options else float(str(entered).replace(",", "."))
+        except ValueError:
+            return "That is no number; write it as in 2.5."
+        return str(self.question.predict(guess))
+
+
+def interactive(function: Callable, *, still: Callable[[], object], **ranges: object) -> None:
+    """Shows `still()`, small multiples of the sweep for paper and nbval, and below it `function` with sliders.
+
+    `ranges` are ipywidgets' abbreviations, one an argument of the function: bits=(2, 8), method=["rtn", "gptq"].
+    Both functions display what they draw, by plots.show_figure.
+    """
+    still()
+    widgets = _ipywidgets()
+    if widgets is None:
+        say("*With a notebook's kernel and ipywidgets, sliders for " + ", ".join(ranges) + " appear here.*")
+        return
+    view = widgets.interactive(function, **ranges)
+    for control in view.children:
+        if hasattr(control, "continuous_update"):
+            control.continuous_update = False  # a model evaluated at every pixel of a drag falls behind
+    display(view._repr_mimebundle_())
+
+
+def _ipywidgets():
+    if not live():
+        return None
+    try:
+        import ipywidgets
+    except ImportError:
+        return None
+    return ipywidgets

@@ -1,0 +1,96 @@
+"""To and from transformers' Llama: the only place where effkit touches another library's models."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from effkit.zoo.gpt import GPT
+
+_NAMES = {
+    "model.embed_tokens.": "embedding.", "model.layers.": "blocks.", "model.norm.": "norm.", "lm_head.": "head.",
+    ".self_attn.q_proj.": ".attention.q.", ".self_attn.k_proj.": ".attention.k.", ".self_attn.v_proj.": ".attention.v.",
+    ".self_attn.o_proj.": ".attention.o.", ".mlp.gate_proj.": ".ff.gate.", ".mlp.up_proj.": ".ff.up.", ".mlp.down_proj.": ".ff.down.",
+    ".input_layernorm.": ".attention_norm.", ".post_attention_layernorm.": ".ff_norm.",
+}  # fmt: skip
+
+
+def from_hf(model: nn.Module) -> "GPT":
+    """A GPT with the weights of a transformers.LlamaForCausalLM. Raises ValueError for what GPT does not compute."""
+    from effkit.zoo.gpt import GPT
+
+    c = model.config
+    _refuse(c)
+    with torch.device("meta"):
+        gpt = GPT(
+            vocab_size=c.vocab_size,
+            d_model=c.hidden_size,
+            layers=c.num_hidden_layers,
+            heads=c.num_attention_heads,
+            kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            d_ff=c.intermediate_size,
+            rope_theta=_rope(c).get("rope_theta", 10_000.0),
+            norm_eps=c.rms_norm_eps,
+            tied=c.tie_word_embeddings,
+            context=c.max_position_embeddings,
+        )
+    state = {_translate(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if c.tie_word_embeddings:
+        state.pop("head.weight", None)
+    gpt.load_state_dict(state, assign=True)
+    return gpt.train(model.training)
+
+
+def to_hf(gpt: "GPT") -> nn.Module:
+    """The transformers.LlamaForCausalLM with this GPT's weights; they must be float and of the original sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = gpt.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.d_model,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.d_ff,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tied,
+        max_position_embeddings=c.context,
+    )
+    model = LlamaForCausalLM(config).to(gpt.embedding.weight.dtype)
+    state = {_translate(name, back=True): tensor for name, tensor in gpt.state_dict().items()}
+    if c.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model.train(gpt.training)
+
+
+def _translate(name: str, back: bool = False) -> str:
+    for theirs, ours in _NAMES.items():
+        old, new = (ours, theirs) if back else (theirs, ours)
+        name = new + name[len(old) :] if name.startswith(old) else name.replace(old, new) if old.startswith(".") else name
+    return name
+
+
+def _rope(config) -> dict:
+    """transformers 5 keeps rope settings in `rope_parameters`, 4 in two fields."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **(getattr(config, "rope_scaling", None) or {}), **parameters}
+
+
+def _refuse(config) -> None:
+    problems = {
+        "hidden_act": (config.hidden_act, "silu"),
+        "attention_bias": (getattr(config, "attention_bias", False), False),
+        "mlp_bias": (getattr(config, "mlp_bias", False), False),
+        "rope_type": (_rope(config).get("rope_type", "default"), "default"),
+    }
+    for name, (value, allowed) in problems.items():
+        if value != allowed:
+            raise ValueError(f"{name} is {value!r}, and GPT computes only {allowed!r}: choose a Llama-family checkpoint without it")
+
+
