@@ -7,8 +7,11 @@ integer     W8A8: int8 matrix products with dynamic activation scales
 qat         QAT: train through the rounding
 """
 
+from effkit.core.showcase import Exhibit, Showcase
 from effkit.quantization.integer import W8A8
 from effkit.quantization.packed import RTN
 from effkit.quantization.qat import QAT
 
-__all__ = ["QAT", "RTN", "W8A8"]
+__all__ = ["QAT", "RTN", "SHOWCASE", "W8A8"]
+
+SHOWCASE = Showcase("quantization", (Exhibit("gpt-small", lambda: RTN(bits=4, group_size=32), work="decode"), Exhibit("mlp", W8A8, batch=64)))
