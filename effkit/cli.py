@@ -63,7 +63,7 @@ def fetch(
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on work/, your own copies of the notebooks; further options go to JupyterLab."""
     from effkit.core.paths import work_dir
-    from effkit.notebooks import copy_for_learner
+    from effkit.course import copy_for_learner
 
     with one_sentence(OSError):
         new = copy_for_learner()
@@ -102,7 +102,7 @@ def notebooks(
     """Execute notebooks and save them with their outputs, each whole or not at all."""
     from nbclient.exceptions import CellExecutionError
 
-    from effkit.notebooks import execute, shipped
+    from effkit.course import execute, shipped
 
     with one_sentence(ValueError):
         chosen = shipped(names or ())

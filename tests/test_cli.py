@@ -11,7 +11,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from effkit import notebooks, stages
+from effkit import course as course_files
+from effkit import stages
 from effkit.cli import app
 from effkit.stages import Stage
 
@@ -80,17 +81,17 @@ def course(monkeypatch, tmp_path):
     folder = tmp_path / "a b"
     (folder / "notebooks").mkdir(parents=True)
     nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), folder / "notebooks" / "00_one.ipynb")
-    monkeypatch.setattr(notebooks, "checkout", lambda: folder)
+    monkeypatch.setattr(course_files, "checkout", lambda: folder)
     monkeypatch.setenv("EFFKIT_WORK", str(folder / "work"))
     return folder
 
 
 def test_the_learner_gets_copies_that_are_never_overwritten(course):
     copy = course / "work" / "00_one.ipynb"
-    assert notebooks.copy_for_learner() == [copy]
+    assert course_files.copy_for_learner() == [copy]
     copy.write_text("my answers")
     (course / "notebooks" / "01_two.ipynb").write_text("new in the course")
-    assert notebooks.copy_for_learner() == [course / "work" / "01_two.ipynb"]
+    assert course_files.copy_for_learner() == [course / "work" / "01_two.ipynb"]
     assert copy.read_text() == "my answers"
 
 
