@@ -1,0 +1,143 @@
+"""Calibration: what a layer sees, gathered once.
+
+Problem   A weight that meets only small inputs may be far off without harm; the weights don't say which.
+Idea      Any linear layer's error on its inputs is a quadratic form, sum_t ||(W - W_hat) x_t||^2 = tr((W - W_hat) G
+          (W - W_hat)^T) with G = sum_t x_t x_t^T, whichever way W_hat was found: on a grid, sparse, of low rank. So G,
+          as large as one layer's input squared, replaces all the tokens. Every method that asks for inputs reads it.
+Cost      One forward pass over task.calib and in_features^2 macs a token and layer; in_features^2 numbers held a layer.
+Left out  What earlier layers' errors do to later inputs: all layers are watched in the unchanged model.
+Source    Hassibi & Stork 1993, Second order derivatives for network pruning, NIPS 5 (the Hessian of a layer's squared
+          error is 2 G); Frantar & Alistarh 2022, arXiv:2208.11580, eq. 2.
+"""
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from effkit.core.surgery import is_linear_like
+from effkit.core.task import Task
+from effkit.core.technique import evaluating
+
+
+def layer_error(
+    weight: Float[Tensor, "out in"], approximate: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]
+) -> Float[Tensor, ""]:
+    """sum over tokens of ||(W - W_hat) x||^2, from the Gram matrix alone; float64, since its terms may cancel."""
+    off = (weight - approximate).double()
+    return ((off @ gram.double()) * off).sum()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The inputs of one layer, summed up.
+
+    gram     sum over tokens of x x^T
+    absmax   the largest magnitude of each input channel
+    tokens   how many inputs went into both
+    """
+
+    gram: Float[Tensor, "in in"]
+    absmax: Float[Tensor, " in"]
+    tokens: int
+
+    @property
+    def mean_square(self) -> Float[Tensor, " in"]:
+        """The mean of x^2, channel by channel."""
+        return self.gram.diagonal() / self.tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(Mapping[str, Statistics]):
+    """Path -> Statistics of each layer that saw inputs; `unreached` names those that were watched in vain."""
+
+    layers: dict[str, Statistics] = field(repr=False)
+    unreached: tuple[str, ...] = ()
+
+    def __getitem__(self, path: str) -> Statistics:
+        if path not in self.layers:
+            why = "no input reached it" if path in self.unreached else "it was not watched"
+            raise ValueError(f"no statistics of layer {path!r}: {why}; there are {', '.join(self.layers)}")
+        return self.layers[path]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtype = torch.float32) -> Calibration:
+    """Runs task.calib through the model, batch by batch, and sums up what its linear layers see.
+
+    layers   a glob pattern over paths;  dtype   of the sums: float64 where activations are extreme
+
+    The model is as before afterwards: modes, buffers, hooks, log. A layer that is used twice has one entry, for both.
+    Raises ValueError for an empty calibration, for a pattern that matches nothing, and, naming the layer, for inputs
+    that are not finite.
+    """
+    if task.calib is None:
+        raise ValueError("gather reads task.calib, which this task lacks; pass Task(calib=...)")
+    watched = {path: _Running(layer, dtype) for path, layer in _linear_layers(model, layers)}
+    batches = 0
+    with evaluating(model), torch.no_grad(), _listening(watched):
+        for inputs, _ in task.calib:
+            model(inputs)
+            batches += 1
+    if batches == 0:
+        raise ValueError("the calibration is empty: task.calib yields no batch; give it some examples")
+    if not any(seen.tokens for seen in watched.values()):
+        raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers")
+    reached = {path: seen.statistics(path) for path, seen in watched.items() if seen.tokens}
+    return Calibration(reached, tuple(path for path in watched if path not in reached))
+
+
+class _Running:
+    """The sums of one layer while batches go by; its `watch` is a hook before the layer's forward pass."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        self.layer, self.dtype, self.tokens = layer, dtype, 0
+        self.gram: Tensor | float = 0.0
+        self.absmax: Tensor | float = 0.0
+
+    def watch(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        x = x.detach()[None].flatten(0, -2).to(self.dtype)  # tokens, whatever the shape
+        if len(x):
+            self.gram = self.gram + x.T @ x
+            self.absmax = torch.maximum(x.abs().amax(0), torch.as_tensor(self.absmax, dtype=x.dtype, device=x.device))
+            self.tokens += len(x)
+
+    def statistics(self, path: str) -> Statistics:
+        result = Statistics(self.gram, self.absmax, self.tokens)  # type: ignore[arg-type]
+        if not torch.isfinite(result.gram).all():
+            how = "look for NaN and infinity in data and weights, or pass dtype=torch.float64"
+            raise ValueError(f"layer {path or '(the model)'} sees inputs whose squares are not finite: {how}")
+        return result
+
+
+@contextmanager
+def _listening(watched: Mapping[str, _Running]) -> Iterator[None]:
+    handles = [seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True) for seen in watched.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linear_layers(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+    """Reading needs no permission: tied layers, which `find` would leave alone, are watched as well."""
+    candidates = [(path, module) for path, module in model.named_modules() if is_linear_like(module)]
+    chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, pattern)]
+    if not chosen:
+        names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
+        raise ValueError(f"gather: the pattern {pattern!r} matches no linear layer; candidates: {names}")
+    return chosen
