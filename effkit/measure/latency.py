@@ -71,12 +71,13 @@ def samples(
 ) -> dict[str, Float[Tensor, " blocks"]]:
     """Seconds a call, block by block, in the order in which they were taken: block i of all functions is one round.
 
-    warmup   untimed calls of each function before the first round; the last of them decides how many make a block
+    warmup   untimed calls of each function before the first round, fewer where these alone exceed the budget; the
+             last of them decides how many make a block
     """
     require_int("min_repeats", min_repeats, 1, MOST_BLOCKS)
     require_int("warmup", warmup, 1, hint="a first run is not a run")
     require_float("budget_s", budget_s, 0.0)
-    expected = {name: max([_block(f, 1) for _ in range(warmup)][-1], 1e-9) for name, f in functions.items()}
+    expected = {name: _warmed(function, warmup, budget_s) for name, function in functions.items()}
     calls = {name: max(1, math.ceil(BLOCK_S / seconds)) for name, seconds in expected.items()}
     round_s = sum(max(seconds, BLOCK_S) for seconds in expected.values())
     rounds = min(MOST_BLOCKS, max(min_repeats, int(budget_s * len(functions) / round_s))) if functions else 0
@@ -109,6 +110,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
+
+
+def _warmed(function: Function, warmup: int, budget_s: float) -> float:
+    """Seconds of the last of the first calls."""
+    seconds, deadline = 0.0, time.perf_counter() + budget_s
+    for call in range(warmup):
+        if call and time.perf_counter() > deadline:
+            break
+        seconds = _block(function, 1)
+    return max(seconds, 1e-9)
 
 
 def _block(function: Function, calls: int) -> float:

@@ -111,8 +111,8 @@ class Roofline:
         giga = {d: (2e-9 * self.peaks[d].value, 2e-9 * self.typical[d].value) for d in self.rates}
         peaks = [f"{dtype}: at best {best:,.0f}, typically {usual:,.0f} Gop/s" for dtype, (best, usual) in giga.items()]
         out, inside = (r.value / 1e9 for r in (self.bandwidth, self.cache_bandwidth))
-        rest = [f"reading: {out:.1f} GB/s from memory, {inside:.1f} from cache", f"dispatch: {self.dispatch} an operator"]
-        return "\n".join([str(self.processor), *peaks, *rest])
+        reads = f"reading: {out:.1f} GB/s from memory, {inside:.1f} from cache"
+        return "\n".join([str(self.processor), *peaks, reads, f"dispatch: {self.dispatch} an operator"])
 
 
 def roofline(*, sizes: Sequence[int] = SIZES, largest: int | None = None) -> Roofline:

@@ -19,7 +19,7 @@ from effkit.core.surgery import dense_weight
 
 
 def parameters(model: nn.Module) -> Reading:
-    """How many numbers the model applies: a tensor that serves twice counts once, a packed one as what it stands for."""
+    """How many numbers the model applies: a tensor that serves twice counts once, a packed one as what it encodes."""
     return Reading(sum(w.numel() for w in weights(model)), "params", "counted", better="lower")
 
 
