@@ -132,7 +132,7 @@ class _Listener(TorchDispatchMode):
                 return result
         result = func(*args, **(kwargs or {}))
         if name in _FORMULAS and not self.inside:
-            self.total[name] += _FORMULAS[name](args, result)
+            self.total["attention" if "attention" in name else name.strip("_")] += _FORMULAS[name](args, result)
         return result
 
     def enter(self, module: nn.Module, inputs: tuple) -> None:

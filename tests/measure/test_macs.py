@@ -76,6 +76,7 @@ def test_flop_counter_alone_sees_no_attention_on_a_processor():
     b, n = ids.shape
     attention = TINY["layers"] * b * 4 * n * n * 2 * 8  # heads 4 of width 8: scores and weighted sum, no mask
     assert macs(model, (ids,)).value - counter.get_total_flops() / 2 == attention
+    assert f"attention {attention:,}" in macs(model, (ids,)).note
 
 
 @settings(max_examples=20)
