@@ -1,7 +1,7 @@
 """effkit: AI efficiency, built from scratch and measured honestly.
 
     import effkit
-    model, task = effkit.load_model("gpt-small")
+    model, task = effkit.zoo.load("gpt-small")
     small = effkit.RTN(bits=4)(model, task)
     print(effkit.compare({"float32": model, "4 bits": small}, task))
 """

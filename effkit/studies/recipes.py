@@ -1,11 +1,13 @@
 """The shipped checkpoints, one entry each."""
 
-from effkit.core.task import Task
+from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule
 from effkit.studies.train import Recipe, compiled_language_loss
-from effkit.zoo.data import Windows, stdlib_text
+from effkit.zoo.data import Jittered, Windows, mnist, stdlib_text
 from effkit.zoo.gpt import GPT
+from effkit.zoo.tasks import classification_loss
 from effkit.zoo.tokens import encode, shipped_tokenizer
+from effkit.zoo.vision import MLP, ResNet
 
 
 def stdlib_training() -> Task:
@@ -13,7 +15,15 @@ def stdlib_training() -> Task:
     return Task("stdlib", train=Windows(ids, length=256, size=16, shuffle=True))  # type: ignore[arg-type]
 
 
+def mnist_training(jitter: bool) -> Task:
+    kind = Jittered if jitter else Batches
+    return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
+
+
 RECIPES = {
+    "mlp": Recipe(lambda: MLP((784, 800, 800, 10)), lambda: mnist_training(jitter=True), Schedule(steps=4400, lr=1e-3, warmup=100, weight_decay=0.05)),
+    "lenet-300-100": Recipe(lambda: MLP((784, 300, 100, 10)), lambda: mnist_training(jitter=False), Schedule(steps=1100, lr=1e-3, warmup=50, weight_decay=0.1)),
+    "resnet": Recipe(lambda: ResNet((32, 64, 128)), lambda: mnist_training(jitter=True), Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05)),
     "gpt-small": Recipe(
         build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
         task=stdlib_training,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from effkit.core.task import Batch, Batches
 
@@ -131,6 +132,21 @@ def digits() -> dict[str, Split]:
 def _cut(x: Float[Tensor, "n ..."], y: Int[Tensor, " n"], *, train: int, val: int) -> dict[str, Split]:
     ends = {"train": (0, train), "val": (train, train + val), "test": (train + val, len(x))}
     return {name: (x[a:b], y[a:b]) for name, (a, b) in ends.items()}
+
+
+@dataclass(frozen=True)
+class Jittered(Batches):
+    """Batches whose images are turned (by up to 10 degrees), scaled (by up to 10 %) and moved (by up to 2 of 28 pixels),
+    afresh at each step: Hinton's "jittered" training images."""
+
+    def at(self, step: int) -> Batch:
+        images, labels = super().at(step)
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        turn, scale, dx, dy = (torch.rand(4, len(images), generator=rng) * 2 - 1) * torch.tensor([[0.17], [0.1], [0.14], [0.14]])
+        cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
+        theta = torch.stack((torch.stack((cos, -sin, dx), -1), torch.stack((sin, cos, dy), -1)), 1)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False), labels
 
 
 def batches(split: Split, *, size: int = 64, shuffle: bool = False) -> Batches:
