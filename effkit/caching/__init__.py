@@ -1,1 +1,12 @@
-"""A chapter."""
+"""Chapter 07. Caching: keep what was computed.
+
+cost   macs and bytes of a token, with a cache and without; macs a byte of attention
+kv     Recompute, the baseline; Preallocated, a cache that is written in place
+"""
+
+from effkit.caching.kv import Preallocated, Recompute
+from effkit.core.showcase import Exhibit, Showcase
+
+__all__ = ["SHOWCASE", "Preallocated", "Recompute"]
+
+SHOWCASE = Showcase("caching", (Exhibit("gpt-small", Preallocated, work="decode"), Exhibit("gpt-small", Recompute, work="decode")))

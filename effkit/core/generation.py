@@ -47,12 +47,11 @@ class Cache:
     advance(n)                  once a pass, by the model, before the layers; returns the positions of n new tokens
     attend(layer, q, k, v)      once a layer; q, k not yet rotated; returns the attention's output
     truncate(n)                 forget everything from position n on (speculation takes rejected tokens back)
+    length                      tokens that need not be fed again: a pass is fed ids[:, cache.length :]
     """
 
-    keeps = True  # False: every pass must be fed the whole text again
-
     def __init__(self, rope: Rope):
-        self.rope = rope
+        self.rope = rope  # the model's own, by which it knows its caches
         self.length = 0
 
     def advance(self, n: int, *, device=None, dtype=torch.float32) -> Int[Tensor, " n"]:
@@ -65,7 +64,8 @@ class Cache:
         raise NotImplementedError
 
     def truncate(self, n: int) -> None:
-        raise NotImplementedError
+        require_int("n", n, 0, hint="it is how many tokens stay")
+        self.length = min(self.length, n)
 
     def nbytes(self) -> int:
         """Bytes held for keys and values."""
@@ -75,17 +75,13 @@ class Cache:
 class NoCache(Cache):
     """Keeps nothing: one pass over the whole text, as in training; the quadratic cost that chapter 07 begins with."""
 
-    keeps = False
-
     def advance(self, n, *, device=None, dtype=torch.float32):
+        positions = super().advance(n, device=device, dtype=dtype)
         self.length = 0
-        return super().advance(n, device=device, dtype=dtype)
+        return positions
 
     def attend(self, layer, q, k, v):
         return attention(self.rope(q, self.tables), self.rope(k, self.tables), v)
-
-    def truncate(self, n: int) -> None:
-        """Nothing is kept, so nothing has to be taken back."""
 
     def nbytes(self) -> int:
         return 0
@@ -110,7 +106,7 @@ class ConcatCache(Cache):
         return attention(q, self.keys[layer], self.values[layer])
 
     def truncate(self, n: int) -> None:
-        self.length = min(self.length, n)
+        super().truncate(n)
         self.keys = [k[:, :, :n] for k in self.keys]
         self.values = [v[:, :, :n] for v in self.values]
 
@@ -191,15 +187,14 @@ def generate(
     check_prompt(model, ids, max_new_tokens)
     stops = stop_tensor(stop, ids.device)
     cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens)
-    fed, done = ids, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
-        token = sampler.draw(model(fed, cache)[:, -1], rng)
+        token = sampler.draw(model(ids[:, cache.length :], cache)[:, -1], rng)
         token = torch.where(done, ids[:, -1], token)
         ids = torch.cat((ids, token[:, None]), dim=1)
         done = done | torch.isin(token, stops)
         if done.all():
             break
-        fed = token[:, None] if cache.keeps else ids
     return ids
 
 

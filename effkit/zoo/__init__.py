@@ -14,9 +14,10 @@ from effkit.zoo.gguf import read_gguf
 from effkit.zoo.gpt import GPT, GPTConfig
 from effkit.zoo.tasks import classification, language
 from effkit.zoo.tokens import encode, shipped_tokenizer
+from effkit.zoo.use import Use
 from effkit.zoo.vision import MLP, ResNet
 
-__all__ = ["GPT", "MLP", "GPTConfig", "ResNet", "load", "names", "numpy_task", "tokenizer"]
+__all__ = ["GPT", "MLP", "GPTConfig", "ResNet", "Use", "load", "names", "numpy_task", "tokenizer"]
 
 
 def names() -> list[str]:

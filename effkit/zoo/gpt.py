@@ -113,6 +113,8 @@ class GPT(nn.Module):
     def features(self, ids: Int[Tensor, "b n"], cache: Cache | None = None) -> Float[Tensor, "b n d_model"]:
         """The last layer's normalized state, which the output layer turns into logits."""
         cache = NoCache(self.rope) if cache is None else cache
+        if cache.rope is not self.rope:
+            raise ValueError("this cache was made by another model, and its keys mean nothing here; make one with new_cache of the model that reads it")
         x = self.embedding(ids)
         cache.advance(ids.shape[1], device=ids.device, dtype=x.dtype)
         for layer, block in enumerate(self.blocks):
