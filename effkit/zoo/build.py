@@ -4,7 +4,8 @@ Problem   A compressed teacher keeps its depth, its widths and its habits; a stu
 Idea      A model's class and the numbers of its constructor say everything about it but its weights. Take the class and
           numbers of the model at hand, change some, and draw new weights from a seed.
 Cost      All that was learned: what comes out is untrained, so this is a part of a pipeline or of Distill.
-Source    He et al. 2015, arXiv:1502.01852, sec. 2.2, for most layers; each class says how its weights are drawn.
+Source    Each class says how its weights are drawn; torch's layers follow He et al. 2015, arXiv:1502.01852, eq. 15 with
+          a = sqrt(5): uniform, of variance 1 / (3 fan_in).
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Fresh(Technique):
     seed: int = 0
 
     gives = frozenset({FLOAT_WEIGHTS, UNMASKED})
-    paper = Paper("He et al.", 2015, "Delving deep into rectifiers", "arXiv:1502.01852", "sec. 2.2")
+    paper = Paper("He et al.", 2015, "Delving deep into rectifiers", "arXiv:1502.01852", "eq. 15")
 
     def __post_init__(self):
         require_choice("kind", self.kind, ("", *sorted(checkpoint.KINDS)), hint="empty: the class of the model at hand")
