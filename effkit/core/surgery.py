@@ -5,6 +5,7 @@ Idea      Find layers by predicate and path pattern; replace each by identity, o
 """
 
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -139,10 +140,15 @@ def replace_modules(model: nn.Module, built: dict[int, nn.Module]) -> nn.Module:
 
 
 def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Gives the replacement its predecessor's hooks, mode, and requires_grad of equally named parameters."""
+    """Gives the replacement its predecessor's hooks, mode, and requires_grad of equally named parameters.
+
+    A wrapper, which has its predecessor inside, takes the hooks over: left on both, they would run twice a pass."""
+    wraps = any(module is old for module in new.modules())
     for name in _HOOKS:
         if getattr(old, name, None):
             setattr(new, name, getattr(old, name))
+            if wraps:
+                setattr(old, name, OrderedDict())
     frozen = {name for name, p in old.named_parameters() if not p.requires_grad}
     for name, parameter in new.named_parameters():
         if name in frozen and parameter.is_floating_point():
