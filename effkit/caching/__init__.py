@@ -9,4 +9,6 @@ from effkit.core.showcase import Exhibit, Showcase
 
 __all__ = ["SHOWCASE", "Preallocated", "Recompute"]
 
-SHOWCASE = Showcase("caching", (Exhibit("gpt-small", Preallocated, work="decode"), Exhibit("gpt-small", Recompute, work="decode")))
+SHOWCASE = Showcase(
+    "caching", (Exhibit("gpt-small", Preallocated, work="decode"), Exhibit("gpt-small", Recompute, work="decode"))
+)

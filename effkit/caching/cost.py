@@ -33,7 +33,9 @@ def recomputed_macs(length: int, *, weights: int, layers: int, heads: int, head_
     return length * cached_macs(length, weights=weights, layers=layers, heads=heads, head_dim=head_dim)
 
 
-def attention_intensity(queries: int, keys: int, *, heads: int, kv_heads: int, head_dim: int, bytes_per_number: int = 4) -> float:
+def attention_intensity(
+    queries: int, keys: int, *, heads: int, kv_heads: int, head_dim: int, bytes_per_number: int = 4
+) -> float:
     """Macs a byte of one layer's attention: scores and weighted sum, over queries and outputs, keys and values, each
     moved once. For one query and many keys it tends to heads / kv_heads / bytes_per_number, whatever the model."""
     macs = 2 * queries * keys * heads * head_dim

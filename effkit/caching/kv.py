@@ -38,7 +38,9 @@ class PreallocatedCache(Cache):
         self.capacity = capacity
         self.buffers: list[Float[Tensor, "2 b g capacity d"]] = []
 
-    def attend(self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]) -> Float[Tensor, "b h n d"]:
+    def attend(
+        self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
+    ) -> Float[Tensor, "b h n d"]:
         q, k = self.rope(q, self.tables), self.rope(k, self.tables)
         buffer = self._room(layer, k)
         buffer[:, :, :, self.length - k.shape[2] : self.length] = torch.stack((k, v))
@@ -56,7 +58,8 @@ class PreallocatedCache(Cache):
             self.buffers.append(_buffer(k, self.capacity))
         buffer = self.buffers[layer]
         if buffer.shape[1] != len(k):
-            raise ValueError(f"this cache holds {buffer.shape[1]} rows and got {len(k)}: make a new one for another batch")
+            rows = buffer.shape[1]
+            raise ValueError(f"this cache holds {rows} rows and got {len(k)}: make a new one for another batch")
         if buffer.shape[3] < self.capacity:
             self.buffers[layer] = _buffer(k, self.capacity)
             self.buffers[layer][:, :, :, : buffer.shape[3]] = buffer
@@ -89,7 +92,9 @@ class Preallocated(Technique):
     """The decoder keeps keys and values in buffers that are reserved once and written in place."""
 
     needs = frozenset({DECODER})
-    paper = Paper("Shazeer", 2019, "Fast transformer decoding: one write-head is all you need", "arXiv:1911.02150", "section 2.4")
+    paper = Paper(
+        "Shazeer", 2019, "Fast transformer decoding: one write-head is all you need", "arXiv:1911.02150", "section 2.4"
+    )
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return set_kv(model, Preallocating(), by="Preallocated")

@@ -60,7 +60,9 @@ class Cache:
         self.length += n
         return positions
 
-    def attend(self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]) -> Float[Tensor, "b h n d"]:
+    def attend(
+        self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
+    ) -> Float[Tensor, "b h n d"]:
         raise NotImplementedError
 
     def truncate(self, n: int) -> None:
@@ -114,7 +116,9 @@ class ConcatCache(Cache):
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
-def attention(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m d"]) -> Float[Tensor, "b h n d"]:
+def attention(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m d"]
+) -> Float[Tensor, "b h n d"]:
     """Causal attention of the last n of m positions; h query heads share g key-value heads."""
     n, m = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
@@ -158,7 +162,7 @@ class Sampler:
 
 
 def nucleus(probabilities: Float[Tensor, "... vocab"], top_p: float) -> Float[Tensor, "... vocab"]:
-    """The smallest set of most probable tokens that holds top_p of the mass (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """The smallest set of most probable tokens with top_p of the mass (Holtzman et al. 2019, arXiv:1904.09751)."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < top_p, ordered, 0.0)
@@ -186,7 +190,7 @@ def generate(
     stop token; a row that has goes on repeating it."""
     check_prompt(model, ids, max_new_tokens)
     stops = stop_tensor(stop, ids.device)
-    cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens)
+    cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens)  # type: ignore[operator]
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
         token = sampler.draw(model(ids[:, cache.length :], cache)[:, -1], rng)
@@ -201,11 +205,13 @@ def generate(
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
     """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
     if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids must be of shape (batch, tokens) with at least one token, got {tuple(ids.shape)}; begin with a start-of-text token")
+        how = "begin with a start-of-text token"
+        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}; {how}")
     require_int("max_new_tokens", max_new_tokens, 0)
     context = getattr(model, "context", None)
     if context is not None and ids.shape[1] + max_new_tokens > context:
-        raise ValueError(f"{ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of {context}; shorten the prompt or ask for less")
+        asked = f"{ids.shape[1]} tokens and {max_new_tokens} new ones"
+        raise ValueError(f"{asked} exceed the model's context of {context}; shorten the prompt or ask for less")
 
 
 def stop_tensor(stop: int | Collection[int] | None, device) -> Int[Tensor, " s"]:

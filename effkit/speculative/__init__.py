@@ -1,1 +1,19 @@
-"""A chapter."""
+"""Chapter 08. Speculative decoding: guess cheaply, verify at once, and keep the distribution.
+
+speculate    draft and verify with exact rejection sampling; Speculative, speculative_generate
+draft        what is asked of a draft, what it shares with the target
+law          tokens a pass, speed-up, the best gamma
+lookup       PromptLookup: the text's own repetitions as draft
+self_draft   EarlyExit: the target's first layers as draft
+"""
+
+from effkit.core.showcase import Exhibit, Showcase
+from effkit.speculative.lookup import PromptLookup
+from effkit.speculative.self_draft import EarlyExit
+from effkit.speculative.speculate import Speculative, speculative_generate
+
+__all__ = ["SHOWCASE", "EarlyExit", "PromptLookup", "Speculative", "speculative_generate"]
+
+SHOWCASE = Showcase(
+    "speculative", (Exhibit("gpt-small", PromptLookup, work="decode"), Exhibit("gpt-small", Speculative, work="decode"))
+)

@@ -7,7 +7,6 @@ takes to narrow the model. Attention itself belongs to the cache (core/generatio
 
 from dataclasses import asdict, dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +24,7 @@ class GPTConfig:
     layers: int = 6
     heads: int = 8
     kv_heads: int = 4
-    head_dim: int | None = None  # d_model // heads
+    head_dim: int = None  # type: ignore[assignment]  # d_model // heads
     d_ff: int = 704
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -34,7 +33,8 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}): each key-value head serves the same number of queries")
+            why = "each key-value head serves the same number of queries"
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}): {why}")
         if self.head_dim is None:
             if self.d_model % self.heads:
                 raise ValueError(f"d_model ({self.d_model}) is no multiple of heads ({self.heads}); pass head_dim")
@@ -114,7 +114,7 @@ class GPT(nn.Module):
         """The last layer's normalized state, which the output layer turns into logits."""
         cache = NoCache(self.rope) if cache is None else cache
         if cache.rope is not self.rope:
-            raise ValueError("this cache was made by another model, and its keys mean nothing here; make one with new_cache of the model that reads it")
+            raise ValueError("this cache was made by another model; make one with new_cache of the model that reads it")
         x = self.embedding(ids)
         cache.advance(ids.shape[1], device=ids.device, dtype=x.dtype)
         for layer, block in enumerate(self.blocks):

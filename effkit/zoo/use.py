@@ -9,7 +9,7 @@ from torch import nn
 from effkit.core.checks import require_choice
 from effkit.core.report import Reading
 from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique
+from effkit.core.technique import Paper, Technique, evaluating
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,32 @@ class Use(Technique):
 
         require_choice("name", self.name, zoo.names())
 
+    @classmethod
+    def example(cls) -> "Use":
+        return cls("mlp")
+
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         from effkit import zoo
 
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        return zoo.load(self.name, like.dtype)[0].to(like.device).train(model.training)
+        named = zoo.load(self.name, like.dtype)[0].to(like.device).train(model.training)
+        if task.example is not None:
+            seen, wanted = outputs_shape(named, task.example), outputs_shape(model, task.example)
+            if seen != wanted:
+                what = f"{self.name} gives {seen} where the one at hand gives {wanted}"
+                how = "take a model of the same vocabulary or classes"
+                raise ValueError(f"Use needs a model for the same inputs and outputs: {what}; {how}")
+        return named
 
     def claim(self, model: nn.Module) -> Reading:
         return Reading(sum(p.numel() for p in model.parameters()), "params", "counted")
+
+
+@torch.no_grad()
+def outputs_shape(model: nn.Module, example: tuple[torch.Tensor, ...]) -> str:
+    """The shape of what a model makes of the example; what it says where it can't take it."""
+    with evaluating(model):
+        try:
+            return str(tuple(model(*example).shape))
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"

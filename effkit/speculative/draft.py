@@ -1,0 +1,52 @@
+"""What is asked of a draft, and what it costs.
+
+Problem   A draft must choose from the target's vocabulary, and it takes memory beside the target.
+Idea      Refuse another vocabulary before a token is drawn. What a draft that was made from the target has left
+          unchanged, embeddings and norms say, is shared with it: held once, and written to a file once.
+Left out  Whether two vocabularies of one size mean the same tokens: numbers cannot tell.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def check_draft(target: nn.Module, draft: nn.Module, tokens: int) -> None:
+    theirs, ours = vocabulary(draft), vocabulary(target)
+    if theirs != ours:
+        how = "p and q must speak of the same tokens, so take a draft with the target's tokenizer"
+        raise ValueError(f"the draft has a vocabulary of {theirs} tokens and the target one of {ours}: {how}")
+    context = getattr(draft, "context", None)
+    if context is not None and tokens > context:
+        how = "ask for fewer, or take a draft of a longer context"
+        raise ValueError(f"the draft reads at most {context} tokens and this text may have {tokens}: {how}")
+
+
+@torch.no_grad()
+def vocabulary(decoder: nn.Module) -> int:
+    """How many tokens a decoder chooses from; one that does not say is asked with a pass over token 0."""
+    config = getattr(decoder, "config", None)
+    if hasattr(config, "vocab_size"):
+        return config.vocab_size  # type: ignore[union-attr]
+    return decoder(torch.zeros(1, 1, dtype=torch.long), decoder.new_cache(capacity=1)).shape[-1]  # type: ignore[operator]
+
+
+def share(draft: nn.Module, target: nn.Module) -> None:
+    """What the draft has unchanged becomes the target's own tensor: held once, and written to a file once."""
+    theirs = dict(target.named_parameters(remove_duplicate=False))
+    for path, module in draft.named_modules():
+        for name, mine in module._parameters.items():
+            twin = theirs.get(f"{path}.{name}" if path else name)
+            if mine is not None and twin is not None and _same(mine, twin):
+                module._parameters[name] = twin
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b)
+
+
+def tensor_bytes(model: nn.Module, without: nn.Module | None = None) -> int:
+    """Bytes of the model's tensors, each once, less those that occur only in `without`."""
+    inside = set(map(id, without.modules())) if without is not None else set()
+    outside = [m for m in model.modules() if id(m) not in inside]
+    tensors = {id(t): t for m in outside for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

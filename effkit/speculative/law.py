@@ -1,0 +1,80 @@
+"""The law of speculation: how many tokens a pass gives, when that pays, and what passes really gave.
+
+Problem   More proposals give more tokens a pass, but each costs, and the later ones are ever less likely to be used.
+Idea      If each proposal is accepted with probability alpha, independently, a pass gives 1 + alpha + ... + alpha^gamma
+          tokens. With c the draft's time over the target's, and v that of a pass over gamma + 1 tokens over one token,
+          the speed-up is that number over gamma c + v.
+Limit     Acceptance is not independent: a text has easy and hard places. v is 1 only where reading weights is all the
+          time there is: not for small models, bound by dispatch, nor for batches, bound by arithmetic.
+Source    Leviathan et al. 2022, arXiv:2211.17192, eq. 1 and theorem 3.8, which takes v = 1.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+from effkit.core.checks import require_float, require_int
+
+
+def expected_tokens(alpha: float, gamma: int) -> float:
+    """(1 - alpha^(gamma + 1)) / (1 - alpha) tokens a pass, which is gamma + 1 where everything is accepted."""
+    require_float("alpha", alpha, 0.0, 1.0, hint="it is a probability")
+    require_int("gamma", gamma, 0)
+    return sum(alpha**i for i in range(gamma + 1))
+
+
+def one(gamma: int) -> float:
+    """The ideal: verifying costs what writing one token costs."""
+    return 1.0
+
+
+def speedup(alpha: float, gamma: int, cost: float, verification: Callable[[int], float] = one) -> float:
+    """Tokens a second over plain decoding.
+
+    cost           one pass of the draft, in passes of the target over one token: c
+    verification   gamma -> one pass of the target over gamma + 1 tokens, in the same unit: v
+    """
+    require_float("cost", cost, 0.0)
+    return expected_tokens(alpha, gamma) / (gamma * cost + verification(gamma))
+
+
+def best_gamma(alpha: float, cost: float, verification: Callable[[int], float] = one, *, most: int = 16) -> int:
+    """The gamma from 0 to `most` with the largest speed-up; 0 says: don't speculate."""
+    return max(range(most + 1), key=lambda gamma: (speedup(alpha, gamma, cost, verification) if gamma else 1.0, -gamma))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of the target gave: how many proposals it saw and accepted, and the text's new tokens."""
+
+    proposed: int
+    accepted: int
+    tokens: Int[Tensor, " m"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over passes. Tokens after a rejection are never tested, so the acceptance rate leaves them out."""
+
+    passes: int
+    proposed: int
+    tested: int
+    accepted: int
+    tokens: int
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted over tested proposals: the alpha of law.py; NaN where nothing was proposed."""
+        return self.accepted / self.tested if self.tested else float("nan")
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else float("nan")
+
+
+def statistics(passes: Iterable[Pass]) -> Statistics:
+    """What the passes of one text or of several add up to."""
+    each = [(1, p.proposed, min(p.accepted + 1, p.proposed), p.accepted, len(p.tokens)) for p in passes]
+    return Statistics(*map(sum, zip(*each, strict=True))) if each else Statistics(0, 0, 0, 0, 0)
