@@ -2,7 +2,7 @@
 
 Problem   "1.8x faster" means nothing without how it was obtained and how much it varies.
 Idea      A Reading carries value, unit, provenance and spread; arithmetic hands on the weakest provenance.
-Source    Propagation of spread: to first order, relative spreads add in quadrature (JCGM 100:2008, eq. 10).
+Source    Propagation of spread: to first order, spread times derivative, in quadrature (JCGM 100:2008, eq. 10).
 """
 
 import html
@@ -37,17 +37,17 @@ class Reading:
             raise ValueError(f"provenance must be one of {', '.join(PROVENANCES)}, got {self.provenance!r}")
 
     def __truediv__(self, other: "Reading | float") -> "Reading":
-        unit = "x" if isinstance(other, Reading) and other.unit == self.unit else self._unit_with(other, "/")
-        return self._combine(other, self.value / _value(other), unit, relative=True)
+        b, same = _value(other), isinstance(other, Reading) and other.unit == self.unit
+        return self._combine(other, self.value / b, "x" if same else self._unit_with(other, "/"), 1 / b, -self.value / b**2)
 
     def __mul__(self, other: "Reading | float") -> "Reading":
-        return self._combine(other, self.value * _value(other), self._unit_with(other, "*"), relative=True)
+        return self._combine(other, self.value * _value(other), self._unit_with(other, "*"), _value(other), self.value)
 
     def __sub__(self, other: "Reading | float") -> "Reading":
-        return self._combine(other, self.value - _value(other), self._same_unit(other), relative=False)
+        return self._combine(other, self.value - _value(other), self._same_unit(other), 1, -1)
 
     def __add__(self, other: "Reading | float") -> "Reading":
-        return self._combine(other, self.value + _value(other), self._same_unit(other), relative=False)
+        return self._combine(other, self.value + _value(other), self._same_unit(other), 1, 1)
 
     def _unit_with(self, other, sign: str) -> str:
         return f"{self.unit}{sign}{other.unit}" if isinstance(other, Reading) else self.unit
@@ -57,14 +57,14 @@ class Reading:
             raise ValueError(f"cannot add {self.unit} and {other.unit}: convert one of them first")
         return self.unit
 
-    def _combine(self, other, value: float, unit: str, *, relative: bool) -> "Reading":
+    def _combine(self, other, value: float, unit: str, by_self: float, by_other: float) -> "Reading":
+        """by_self, by_other: derivatives of the value. `better` survives where like meets like: sums, differences, ratios."""
         if not isinstance(other, Reading):
-            scale = abs(value / self.value) if relative and self.value else 1.0
-            return replace(self, value=value, unit=unit, spread=None if self.spread is None else self.spread * scale)
+            return replace(self, value=value, unit=unit, spread=None if self.spread is None else abs(by_self) * self.spread)
+        spreads = [slope * r.spread for r, slope in ((self, by_self), (other, by_other)) if r.spread is not None]
         weakest = min(self.provenance, other.provenance, key=PROVENANCES.index)
-        spreads = [(r.spread / abs(r.value) if relative and r.value else r.spread) for r in (self, other) if r.spread is not None]
-        size = math.hypot(*spreads) * (abs(value) if relative else 1.0) if spreads else None
-        return Reading(value, unit, weakest, size)
+        alike = self.unit == other.unit and other.better in ("", self.better) and unit in (self.unit, "x")
+        return Reading(value, unit, weakest, math.hypot(*spreads) if spreads else None, self.better if alike else "")
 
     @property
     def unsteady(self) -> bool:

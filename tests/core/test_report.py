@@ -1,0 +1,91 @@
+"""Readings in arithmetic: the weakest provenance wins, spreads travel to first order, and so does what is better."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effkit.core import report
+from effkit.core.report import PROVENANCES, Reading, Report, Table
+
+sizes = st.floats(0.1, 100.0)
+
+
+def time(value, spread=None, provenance="measured"):
+    return Reading(value, "s", provenance, spread, "lower")
+
+
+@given(st.sampled_from(PROVENANCES), st.sampled_from(PROVENANCES))
+def test_the_weakest_provenance_wins(a, b):
+    first, second = time(2.0, provenance=a), time(3.0, provenance=b)
+    weakest = min(a, b, key=PROVENANCES.index)
+    assert {r.provenance for r in (first / second, first * second, first - second, first + second)} == {weakest}
+
+
+@given(sizes, sizes, sizes, sizes)
+def test_relative_spreads_add_in_quadrature_for_products_and_ratios(a, b, s, t):
+    expected = math.hypot(s / a, t / b)
+    for result in (time(a, s) / time(b, t), time(a, s) * time(b, t)):
+        assert result.spread / result.value == pytest.approx(expected)
+
+
+@given(sizes, sizes, sizes, sizes)
+def test_absolute_spreads_add_in_quadrature_for_sums(a, b, s, t):
+    assert (time(a, s) - time(b, t)).spread == (time(a, s) + time(b, t)).spread == pytest.approx(math.hypot(s, t))
+
+
+def test_a_value_of_zero_keeps_its_spread():
+    assert (time(0.0, 2.0) * time(3.0)).spread == 6.0
+    assert (time(0.0, 2.0) / time(4.0)).spread == 0.5
+
+
+def test_plain_numbers_scale_and_shift():
+    assert (time(4.0, 1.0) / -2).spread == 0.5
+    assert (time(4.0, 1.0) - 1) == Reading(3.0, "s", "measured", 1.0, "lower")
+
+
+def test_what_is_better_survives_where_like_meets_like():
+    a, b, plain = time(2.0), time(4.0), Reading(4.0, "s", "measured")
+    assert {r.better for r in (a - b, a + b, a / b, a / plain, a * 3)} == {"lower"}
+    assert {r.better for r in (a * b, plain / a, a / Reading(2.0, "J", "measured", better="lower"))} == {""}
+    assert (a - Reading(1.0, "s", "measured", better="higher")).better == ""
+
+
+def test_units_are_kept_apart():
+    assert (time(2.0) / time(4.0)).unit == "x"
+    assert (Reading(6.0, "J", "counted") / time(2.0)).unit == "J/s"
+    with pytest.raises(ValueError, match="cannot add s and J"):
+        time(1.0) + Reading(1.0, "J", "counted")
+    with pytest.raises(ValueError, match="provenance must be one of"):
+        Reading(1.0, "s", "guessed")
+
+
+def test_dropping_a_spread_is_caught(monkeypatch):
+    monkeypatch.setattr(report, "math", SimpleNamespace(hypot=lambda first, *rest: first))
+    with pytest.raises(AssertionError):
+        test_absolute_spreads_add_in_quadrature_for_sums()
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        (time(0.0021, 0.0001), "2.1 ±0.1 ms"),
+        (Reading(2**21, "B", "counted"), "2 MiB"),
+        (Reading(53_000_000, "macs", "counted"), "53 M macs"),
+        (Reading(7.5, "J", "estimated"), "~7.5 J"),
+        (time(1.0, 0.2), "(!)"),
+    ],
+)
+def test_a_reading_in_words(reading, text):
+    assert text in str(reading)
+
+
+def test_a_table_keeps_its_rows_and_says_what_its_marks_mean():
+    table = Table([Report("a", {"latency": time(1.0, 0.5)}, "a pass"), Report("b", {"energy": Reading(1.0, "J", "estimated")})])
+    assert table.columns == ["latency", "energy"] and len(table) == 2
+    assert table.cells()[1] == ["a", "1 ±0.5 s (!)", "-"]
+    assert all(part in table.footnote() for part in ("a pass", "~ estimated", "± spread", "busy"))
+    with pytest.raises(KeyError, match="there are a, b"):
+        table["c"]
