@@ -83,7 +83,7 @@ def test_power_lies_in_its_interval():
 @pytest.mark.parametrize("provenance", ["estimated", "measured"])
 def test_carbon_is_as_sure_as_its_weakest_part(provenance):
     grams = carbon(Reading(3.6e6, "J", provenance, 3.6e5), "France", pue=1.5)
-    assert (grams.value, grams.spread) == (pytest.approx(56 * 1.5), pytest.approx(5.6 * 1.5))
+    assert (grams.value, grams.spread) == (pytest.approx(44 * 1.5), pytest.approx(4.4 * 1.5))
     assert (grams.unit, grams.provenance) == ("gCO2e", "estimated" if provenance == "estimated" else "recorded")
 
 
