@@ -21,9 +21,21 @@ def mnist_training(jitter: bool) -> Task:
 
 
 RECIPES = {
-    "mlp": Recipe(lambda: MLP((784, 800, 800, 10)), lambda: mnist_training(jitter=True), Schedule(steps=4400, lr=1e-3, warmup=100, weight_decay=0.05)),
-    "lenet-300-100": Recipe(lambda: MLP((784, 300, 100, 10)), lambda: mnist_training(jitter=False), Schedule(steps=1100, lr=1e-3, warmup=50, weight_decay=0.1)),
-    "resnet": Recipe(lambda: ResNet((32, 64, 128)), lambda: mnist_training(jitter=True), Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05)),
+    "mlp": Recipe(
+        build=lambda: MLP((784, 800, 800, 10)),
+        task=lambda: mnist_training(jitter=True),
+        schedule=Schedule(steps=4400, lr=1e-3, warmup=100, weight_decay=0.05),
+    ),
+    "lenet-300-100": Recipe(
+        build=lambda: MLP((784, 300, 100, 10)),
+        task=lambda: mnist_training(jitter=False),
+        schedule=Schedule(steps=1100, lr=1e-3, warmup=50, weight_decay=0.1),
+    ),
+    "resnet": Recipe(
+        build=lambda: ResNet((32, 64, 128)),
+        task=lambda: mnist_training(jitter=True),
+        schedule=Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05),
+    ),
     "gpt-small": Recipe(
         build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
         task=stdlib_training,

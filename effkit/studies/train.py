@@ -1,24 +1,27 @@
-"""The recipes of the shipped checkpoints: `effkit train NAME` makes each again, and goes on after an interruption.
+"""Making the shipped checkpoints: `effkit train NAME` makes one again, and goes on after an interruption.
 
-State is kept under results/train/NAME.safetensors until the run is complete; the checkpoint is then written, in
-bfloat16, to data/NAME.safetensors.
+State is kept under results/train/NAME.safetensors until the run is complete, whatever ends it: Ctrl-C, a lost machine,
+kill -9 in the middle of a write. The checkpoint is then written, in bfloat16, to data/NAME.safetensors, and the state
+removed.
 """
 
 import ctypes
 import platform
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from effkit.core.checkpoint import save
 from effkit.core.paths import data_dir
-from effkit.core.task import Batch, Task
+from effkit.core.task import Task
+from effkit.core.technique import kept_random_state
 from effkit.core.training import Loss, Schedule, fit
+from effkit.zoo.tasks import language_loss
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,37 @@ class Recipe:
     schedule: Schedule
     loss: Callable[[nn.Module], Loss] | None = None  # made once the model stands: compilation, augmentation
     seed: int = 0
+    save_every: int = 200  # steps that an interruption may cost
 
 
-def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | None = None) -> Path:
-    """Trains, or goes on training, and writes the checkpoint; returns its path."""
+@dataclass(frozen=True)
+class Trained:
+    """Where the checkpoint is, the loss of every step from the first on, and the seconds of this run."""
+
+    path: Path
+    curve: list[float]
+    seconds: float
+
+    def __str__(self) -> str:
+        last = self.curve[-50:]
+        loss = f"mean loss of the last {len(last)} {sum(last) / len(last):.4f}"
+        return f"{self.path}: {len(self.curve)} steps, {loss}; {self.seconds:.0f} s in this run"
+
+
+def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | None = None) -> Trained:
+    """Trains, or goes on training, and writes the checkpoint."""
     keep_memory()
-    state = state or Path("results") / "train" / f"{name}.safetensors"
-    torch.manual_seed(recipe.seed)
-    model, task = recipe.build(), recipe.task()
     begun = time.time()
-    loss = recipe.loss(model) if recipe.loss else None
-    curve = fit(model, task, recipe.schedule, loss=loss, resume=state, label=name)
+    state = state or Path("results") / "train" / f"{name}.safetensors"
     path = out or data_dir() / f"{name}.safetensors"
+    with kept_random_state():
+        torch.manual_seed(recipe.seed)
+        model, task = recipe.build(), recipe.task()
+        loss = recipe.loss(model) if recipe.loss else None
+        curve = fit(model, task, recipe.schedule, loss=loss, resume=state, save_every=recipe.save_every, label=name)
     save(model.to(torch.bfloat16).eval(), path)
-    print(f"{name}: {len(curve)} steps, {time.time() - begun:.0f} s in this run, last losses {sum(curve[-50:]) / len(curve[-50:]):.4f}, written to {path}")
-    return path
+    state.unlink(missing_ok=True)
+    return Trained(path, curve, time.time() - begun)
 
 
 def compiled_language_loss(model: nn.Module) -> Loss:
@@ -52,15 +71,10 @@ def compiled_language_loss(model: nn.Module) -> Loss:
     try:
         forward = torch.compile(model)
         forward(torch.zeros(1, 8, dtype=torch.long))
-    except Exception as error:  # torch.compile raises many kinds; eager training is merely slower
-        print(f"torch.compile is not usable here ({type(error).__name__}); training eagerly")
+    except Exception as error:  # noqa: BLE001  (torch.compile raises many kinds; eager training is merely slower)
+        warnings.warn(f"torch.compile is not usable here ({type(error).__name__}); training eagerly", stacklevel=2)
         forward = model
     return lambda _, batch: language_loss(forward(batch[0]), batch)
-
-
-def language_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy, nats a token."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
 
 
 def keep_memory() -> None:
