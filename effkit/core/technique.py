@@ -46,6 +46,10 @@ class Trait:
         return self.name
 
 
+#: what every technique needs: rewriting layers whose graph has already been compiled would change nothing that runs
+EAGER = Trait("an eager model", lambda model: not any(getattr(module, "runs_a_graph", False) for module in model.modules()))
+
+
 class Technique:
     """Base of all techniques. Subclasses are frozen dataclasses that implement `rewrite_` and `claim`."""
 
@@ -65,7 +69,7 @@ class Technique:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError when the model lacks a trait that this technique needs."""
-        for trait in sorted(self.needs, key=lambda t: t.name):
+        for trait in sorted(self.needs | {EAGER}, key=lambda t: t.name):
             if not trait.holds(model):
                 raise ValueError(f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it")
 
@@ -106,7 +110,7 @@ class Pipeline(Technique):
                 raise ValueError(f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))")
         broken: dict[Trait, Technique] = {}
         for step in self.steps:
-            for trait in step.needs & broken.keys():
+            for trait in (step.needs | {EAGER}) & broken.keys():
                 later, first = type(step).__name__, type(broken[trait]).__name__
                 raise ValueError(f"{later} needs {trait.name}, which {first} removes; put {later} first")
             broken = {t: s for t, s in broken.items() if t not in step.gives} | {t: step for t in step.breaks}

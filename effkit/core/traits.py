@@ -4,7 +4,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from effkit.core.surgery import is_linear_like
-from effkit.core.technique import Trait
+from effkit.core.technique import EAGER, Trait
+
+__all__ = ["DECODER", "EAGER", "FLOAT_WEIGHTS", "UNMASKED"]
 
 
 def _float_weights(model: nn.Module) -> bool:
