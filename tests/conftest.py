@@ -16,6 +16,9 @@ from effkit.zoo.fetch import where
 # Child processes inherit these: neither pip nor the model hub may be asked there either.
 os.environ |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
 
+# The laws are tried on tiny models, where a second thread costs more than it brings, and most on a busy machine.
+torch.set_num_threads(1)
+
 # A law is tested on the same examples everywhere; the machine may be slow.
 settings.register_profile("effkit", deadline=None, derandomize=True)
 settings.load_profile("effkit")

@@ -11,8 +11,9 @@ Source    Dettmers et al. 2022, arXiv:2208.07339, eq. 3 (vector-wise quantizatio
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effkit.core.checkpoint import stored
 from effkit.core.report import Reading
@@ -34,7 +35,14 @@ def to_int8(x: Float[Tensor, "rows n"]) -> tuple[Int8[Tensor, "rows n"], Float[T
 def int8_product(x: Float[Tensor, "rows n"], q_w: Int8[Tensor, "out n"], s_w: Float[Tensor, "1 out"]) -> Float[Tensor, "rows out"]:
     """y = (q_x q_w^T) s_x s_w."""
     q_x, s_x = to_int8(x)
-    return torch._int_mm(q_x, q_w.t()).to(s_x.dtype).mul_(s_x).mul_(s_w)
+    return integer_matmul(q_x, q_w).to(s_x.dtype).mul_(s_x).mul_(s_w)
+
+
+def integer_matmul(a: Int8[Tensor, "rows n"], b: Int8[Tensor, "out n"]) -> Int32[Tensor, "rows out"]:
+    """a b^T with int32 accumulators. torch 2.13's kernel returns garbage on a CPU for n = 1, so one column is made two."""
+    if a.shape[1] == 1:
+        a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
+    return torch._int_mm(a, b.t())
 
 
 @stored
