@@ -1,0 +1,223 @@
+"""Compile: capture, rewrite, generate, and run; or fall back to the model and say why.
+
+Problem   The graph is right for one shape, dtype, device and mode; a model is used with many.
+Idea      A guard before each call compares what stands in the signature. Where all agrees the graph runs, otherwise the
+          original model, which is still inside; the reasons are counted in `fallbacks` and noted in the log.
+Live      Weights in the graph share memory with the model's. When one was written to or replaced, what was folded from
+          it is stale, and the passes run again. Gradients need the original: they fall back.
+File      `save` writes the original model and the signature; the first call after `load` compiles again.
+Source    Ansel et al. 2024, doi:10.1145/3620665.3640366 (PyTorch 2: guards around captured graphs).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from effkit.compilation.executor import Executor
+from effkit.compilation.fusion import Kernel, fuse, groups
+from effkit.compilation.ir import CannotCompile, Graph, capture
+from effkit.compilation.passes import algebra, conv_bn, cse, dce, fold
+from effkit.compilation.schedule import schedule
+from effkit.core import native
+from effkit.core.checkpoint import stored
+from effkit.core.report import Reading
+from effkit.core.surgery import log, note
+from effkit.core.task import Task
+from effkit.core.technique import Paper, Technique, evaluating
+from effkit.core.traits import EAGER
+
+PASSES = {"conv_bn": conv_bn, "algebra": algebra, "fold": fold, "cse": cse, "dce": dce, "fuse": fuse, "schedule": schedule}
+DEFAULT = ("conv_bn", "algebra", "fold", "cse", "dce", "fuse", "schedule")
+#: relative and absolute difference between the graph's outputs and the model's beyond which a build is refused
+TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.05, 0.05), torch.float16: (1e-2, 1e-2)}
+
+
+@stored
+class Compiled(nn.Module):
+    """A model and its graph. Attributes that it lacks are the original's; parameters are the original's own."""
+
+    runs_a_graph = True  # what the trait EAGER looks for
+
+    def __init__(self, passes: tuple[str, ...] = DEFAULT, signature: tuple = (), original: nn.Module | None = None):
+        super().__init__()
+        self.passes = tuple(passes)
+        self.signature = tuple((tuple(shape), dtype, device) for shape, dtype, device in signature)
+        self.original = original if original is not None else nn.Identity()
+        self.fallbacks: Counter[str] = Counter()
+        self._forget()
+        self.train(self.original.training)
+
+    def numbers(self) -> dict:
+        return {"passes": list(self.passes), "signature": [[list(shape), dtype, device] for shape, dtype, device in self.signature]}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reason = self._unlike(args, kwargs) or self._unready(args)
+        if not reason and not self.executor.busy.acquire(blocking=False):  # type: ignore[union-attr]
+            reason = "another thread is using the arena"
+        if reason:
+            return self._fall_back(reason, args, kwargs)
+        try:
+            return self.executor(*(x.contiguous() for x in args))  # type: ignore[misc]
+        finally:
+            self.executor.busy.release()  # type: ignore[union-attr]
+
+    def _fall_back(self, reason: str, args: tuple, kwargs: dict) -> Any:
+        if reason not in self.fallbacks:
+            note(self, "", "ran the original model", reason)
+        self.fallbacks[reason] += 1
+        return self.original(*args, **kwargs)
+
+    def _unlike(self, args: tuple, kwargs: dict) -> str:
+        """How this call differs from the one that was compiled, or nothing."""
+        if self.training:
+            return "training mode"
+        if kwargs or any(type(x) not in (Tensor, nn.Parameter) for x in args):
+            return "arguments other than positional tensors"
+        if (seen := describe(args)) != self.signature:
+            return f"inputs {_shown(seen)}, compiled for {_shown(self.signature)}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *self.original.parameters())):
+            return "gradients are wanted; call it under torch.no_grad()"
+        return "hooks on inner modules" if any(map(len, self._hooks)) else ""
+
+    def _unready(self, args: tuple) -> str:
+        """Builds what is missing or stale; why that was impossible, or nothing."""
+        if self.executor is not None and not self._stale():
+            return ""
+        try:
+            self.build(args)
+        except CannotCompile as error:
+            return str(error)
+        return "hooks on inner modules" if any(map(len, self._hooks)) else ""
+
+    @torch.no_grad()
+    def build(self, example: tuple[Tensor, ...]) -> None:
+        """Captures, runs the passes, makes the executor, and compares its outputs with the model's on the example."""
+        self._forget()
+        example = tuple(x.contiguous() for x in example)
+        stages = self.graphs(example)
+        executor = Executor(stages[-1][1])
+        with evaluating(self.original):
+            _compare(executor(*example), self.original(*example))
+        modules = list(self.original.modules())
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._watched = [(table, key, t, t._version, t.data_ptr()) for m in modules for table in (m._parameters, m._buffers) for key, t in table.items() if t is not None]
+        self.executor, self.history = executor, [(name, len(graph.operators)) for name, graph in stages]
+        self._hold(executor)
+
+    def graphs(self, example: tuple[Tensor, ...]) -> list[tuple[str, Graph]]:
+        """The captured graph, then what each pass made of it."""
+        stages = [("captured", capture(self.original, example))]
+        for name in self.passes:
+            stages.append((name, PASSES[name](stages[-1][1])))
+        return stages
+
+    def _hold(self, executor: Executor) -> None:
+        """Memory that compiling added counts as the module's own: the arena, and weights that were folded."""
+        self.register_buffer("arena", executor.arena, persistent=False)
+        own = {t.untyped_storage().data_ptr() for t in (*self.original.parameters(), *self.original.buffers())}
+        for name, value in executor.graph.values.items():
+            if value.untyped_storage().data_ptr() not in own:
+                self.register_buffer(f"folded_{name}", value, persistent=False)
+
+    def _forget(self) -> None:
+        self.executor: Executor | None = None
+        self.history: list[tuple[str, int]] = []
+        self._hooks: list[dict] = []
+        self._watched: list[tuple] = []
+        self._buffers.clear()
+
+    def _stale(self) -> bool:
+        return any(table.get(key) is not t or t._version != version or t.data_ptr() != place for table, key, t, version, place in self._watched)
+
+    def ready(self) -> Executor:
+        """The executor; where none is there yet, as after loading a file, it is built on inputs of zeros."""
+        if self.executor is None:
+            self.build(tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype, device in self.signature))
+        return self.executor  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles hold the original and the signature, and compile again."""
+        return self.__dict__ | {"executor": None, "history": [], "_hooks": [], "_watched": [], "_buffers": {}}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "original" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.original, name)
+
+    def report(self) -> str:
+        """What compiling did, and what happened since."""
+        executor = self.ready()
+        outside = sum(b.size for b in executor.outside)
+        lines = ["operators: " + ", ".join(f"{name} {n}" for name, n in self.history)]
+        lines += [f"arena: {executor.plan}", f"outside it: {len(executor.outside)} buffers, {outside:,} bytes, of kernels that take memory themselves or whose result is returned"]
+        return "\n".join(lines + [f"fell back {n} times: {reason}" for reason, n in self.fallbacks.items()])
+
+
+def describe(inputs: tuple) -> tuple:
+    """Shape, dtype and device of each input: the signature."""
+    return tuple((tuple(x.shape), str(x.dtype).removeprefix("torch."), x.device.type) for x in inputs)
+
+
+def _shown(signature: tuple) -> str:
+    return ", ".join(f"{dtype}{list(shape)} on {device}" for shape, dtype, device in signature) or "none"
+
+
+def _compare(seen: Any, wanted: Any) -> None:
+    """Refuses a graph that does not compute what the model does."""
+    for a, b in zip(tree_leaves(seen), tree_leaves(wanted), strict=True):
+        if isinstance(b, Tensor):
+            rtol, atol = TOLERANCE.get(b.dtype, (0.0, 0.0))
+            scale = b.abs().max().item() if b.numel() and b.is_floating_point() else 1.0
+            if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol, atol * max(scale, 1e-30), equal_nan=True):
+                raise CannotCompile("the graph's outputs differ from the model's on the example: it does something that torch cannot see; leave it eager")
+
+
+@dataclass(frozen=True)
+class Compile(Technique):
+    """The forward pass of task.example as a graph: rewritten by `passes` in their order, fused to C, memory planned."""
+
+    passes: tuple[str, ...] = DEFAULT
+
+    breaks = frozenset({EAGER})
+    paper = Paper("Chen et al.", 2018, "TVM: an automated end-to-end optimizing compiler for deep learning", "arXiv:1802.04799", "sec. 3")
+
+    def __post_init__(self):
+        if isinstance(self.passes, str):
+            raise ValueError(f"passes must be a tuple of names, got {self.passes!r}; write ({self.passes!r},)")
+        object.__setattr__(self, "passes", tuple(self.passes))
+        for name in self.passes:
+            if name not in PASSES:
+                raise ValueError(f"there is no pass {name!r}; passes are {', '.join(PASSES)}")
+
+    def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
+        task.require("example", by=self)
+        compiled = Compiled(self.passes, describe(task.example), model)  # type: ignore[arg-type]
+        compiled.__dict__["effkit_log"] = log(model)
+        compiled.build(task.example)  # type: ignore[arg-type]
+        note(compiled, "", f"captured {compiled.history[0][1]} operators, left {compiled.history[-1][1]}", "Compile")
+        for why in _not_fused(compiled):
+            note(compiled, "", "pointwise operators run one by one", why)
+        return compiled
+
+    def claim(self, model: nn.Module) -> Reading:
+        """Operators that one forward pass calls."""
+        if not isinstance(model, Compiled):
+            raise ValueError(f"Compile makes its claim about a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned")
+        return Reading(len(model.ready().graph.operators), "operators", "counted", better="lower")
+
+
+def _not_fused(compiled: Compiled) -> list[str]:
+    """Why groups that could be fused were not."""
+    if "fuse" not in compiled.passes:
+        return []
+    left = {native.why_not(Kernel.of(compiled.executor.graph, group).source) for group in groups(compiled.executor.graph)}  # type: ignore[union-attr]
+    return sorted(left - {""})
