@@ -16,7 +16,10 @@ from pathlib import Path
 
 from effkit.core.paths import cache_dir
 
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-shared", "-fopenmp")
+#: sums may be reordered; not -ffast-math, which would make the whole process flush denormal numbers to zero once the
+#: kernel is loaded (GCC before 13 links crtfastmath.o), and would forget infinities and NaN
+MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
+FLAGS = ("-O3", "-march=native", *MATH, "-fPIC", "-shared", "-fopenmp")
 _NAMES = ("cc", "gcc", "clang")
 
 
