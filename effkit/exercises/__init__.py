@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from effkit.core.checks import require_choice
 from effkit.exercises.base import Exercise, Question, Result, grade
-from effkit.exercises.progress import Progress, records, standing
+from effkit.exercises.journal import Progress, records, standing
 
 ROUNDS = 5  # seeds that the selftest draws cases from; the same ones everywhere
 

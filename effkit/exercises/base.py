@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from effkit.core.technique import kept_random_state
-from effkit.exercises.progress import record, records, standing
+from effkit.exercises.journal import record, records, standing
 from effkit.exercises.values import gap, legible, own_traceback
 from effkit.notebook import Note
 

@@ -23,7 +23,7 @@ def case(*args: object, **settings: object) -> Case:
 
 
 def on_each(name: str, cases: Cases, judge: Callable[[Callable, Callable, Case], Refusal | None]) -> Check:
-    """A check of one's own: `judge(function, reference, case)` returns what was seen and wanted, or None if all is well."""
+    """A check of one's own: `judge(function, reference, case)` returns what was seen and wanted, or None: all well."""
 
     def look(function, reference, rng):
         return next(filter(None, (judge(function, reference, drawn) for drawn in cases(rng))), None)
