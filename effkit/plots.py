@@ -11,6 +11,7 @@ import io
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
+Named = Mapping[str, Any]  # one entry a bar, a line or a point
 DPI = 130  # of the stored picture, which is shown at 100
 
 
@@ -44,16 +46,15 @@ def figure(title: str, xlabel: str, ylabel: str, *, panels: int = 1, size: tuple
     return fig, grid[0] if panels == 1 else grid
 
 
-def lines(series: Mapping[str, Sequence], *, title: str, xlabel: str, ylabel: str, logx=False, logy=False) -> Figure:
+def lines(series: Named, *, title: str, xlabel: str, ylabel: str, logx=False, logy=False) -> Figure:
     """One line a series: name -> (x, y) or (x, y, spread); the spread becomes a band."""
     fig, axes = figure(title, xlabel, ylabel)
     draw_lines(axes, series)
-    _scales(axes, logx, logy)
-    axes.legend(frameon=False)
+    _finish(axes, logx, logy)
     return fig
 
 
-def draw_lines(axes: Axes, series: Mapping[str, Sequence]) -> None:
+def draw_lines(axes: Axes, series: Named) -> None:
     """The lines of `lines` on axes of your own, such as a panel of small multiples."""
     for (name, (x, y, *spread)), style in zip(series.items(), _styles(), strict=False):
         values = _values(y)
@@ -63,23 +64,22 @@ def draw_lines(axes: Axes, series: Mapping[str, Sequence]) -> None:
             axes.fill_between(_values(x), values - band, values + band, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def crossings(x: Sequence[float], a: Sequence[float], b: Sequence[float], *, logx=False) -> list[float]:
+def crossings(x, a, b, *, logx=False) -> list[float]:
     """Where the curves a and b cross, by straight lines between the points (in log x where asked)."""
     place, gap = (np.log(_values(x)) if logx else _values(x)), _values(a) - _values(b)
-    found = []
-    for i in np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0):
-        found.append(place[i] - gap[i] * (place[i + 1] - place[i]) / (gap[i + 1] - gap[i]))
-    found += list(place[gap == 0])
-    return sorted(float(np.exp(p) if logx else p) for p in found)
+    i = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
+    between = place[i] - gap[i] * (place[i + 1] - place[i]) / (gap[i + 1] - gap[i])
+    found = np.sort(np.concatenate((between, place[gap == 0])))
+    return (np.exp(found) if logx else found).tolist()
 
 
 def crossover(x, a, b, *, names: tuple[str, str], title: str, xlabel: str, ylabel: str, logx=False, logy=False):
     """Two curves and where one stops being the better choice; says so where they never cross."""
-    series = {names[0]: (x, a), names[1]: (x, b)}
-    fig = lines(series, title=title, xlabel=xlabel, ylabel=ylabel, logx=logx, logy=logy)
-    (axes,) = fig.axes
+    fig, axes = figure(title, xlabel, ylabel)
+    draw_lines(axes, {names[0]: (x, a), names[1]: (x, b)})
+    _finish(axes, logx, logy)
     places = crossings(x, a, b, logx=logx)
-    for place in places:  # a legend entry would hide which of several it is
+    for place in places:
         axes.axvline(place, color=GREY, linestyle=":", linewidth=1)
         axes.annotate(f" {place:.3g}", (place, 0.02), xycoords=("data", "axes fraction"), color=GREY)
     if not places:
@@ -87,7 +87,7 @@ def crossover(x, a, b, *, names: tuple[str, str], title: str, xlabel: str, ylabe
     return fig
 
 
-def bars(values: Mapping[str, object], *, title: str, xlabel: str, ylabel: str, xmax: float | None = None) -> Figure:
+def bars(values: Named, *, title: str, xlabel: str, ylabel: str) -> Figure:
     """One horizontal bar a name, so that names stay readable, each with its number; a Reading's spread as a whisker."""
     fig, axes = figure(title, xlabel, ylabel, size=(6.4, 1.2 + 0.4 * len(values)))
     numbers, spread = _values(values.values()), _spreads(values.values())
@@ -96,8 +96,6 @@ def bars(values: Mapping[str, object], *, title: str, xlabel: str, ylabel: str, 
         bar.set(hatch=hatch, edgecolor="white")
     axes.bar_label(drawn, [f"{number:.3g}" for number in numbers], padding=4)
     axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.set_xlim(right=xmax)
     axes.margins(x=0.12)
     return fig
 
@@ -122,7 +120,7 @@ def heatmap(
     return fig
 
 
-def histogram(values: Mapping[str, object], *, title: str, xlabel: str, bins: int = 60, logy=False) -> Figure:
+def histogram(values: Named, *, title: str, xlabel: str, bins: int = 60, logy=False) -> Figure:
     """How values are distributed: the share in each bin, outlines only, so that none hides another."""
     fig, axes = figure(title, xlabel, "share of values (%)")
     flat = {name: _array(v).ravel() for name, v in values.items()}
@@ -130,14 +128,11 @@ def histogram(values: Mapping[str, object], *, title: str, xlabel: str, bins: in
     for (name, v), style in zip(flat.items(), _styles(), strict=False):
         share = 100 * np.histogram(v, edges)[0] / v.size
         axes.stairs(share, edges, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
-    _scales(axes, False, logy)
-    axes.legend(frameon=False)
+    _finish(axes, False, logy)
     return fig
 
 
-def roofline(
-    peaks: Mapping[str, object], bandwidths: Mapping[str, object], points: Mapping[str, tuple], *, title: str
-) -> Figure:
+def roofline(peaks: Named, bandwidths: Named, points: Named, *, title: str) -> Figure:
     """What bounds each point, arithmetic or memory (Williams et al. 2009, doi:10.1145/1498765.1498785).
 
     peaks       dtype -> macs/s, such as a measured Roofline's `peaks`
@@ -156,8 +151,7 @@ def roofline(
         axes.plot(ends, [top, top], color=style["color"], linestyle=style["linestyle"], label=f"arithmetic: {name}")
     for (name, (intensity, speed)), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
         axes.plot(*_values((intensity, speed)), marker, color="black", label=name, linestyle="none")
-    _scales(axes, True, True)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _finish(axes, True, True, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -172,17 +166,15 @@ def small_multiples(
     return fig
 
 
-def front(points: Mapping[str, tuple], *, lower_x=True, higher_y=True) -> list[str]:
+def front(points: Named, *, lower_x=True, higher_y=True) -> list[str]:
     """The names that no other point beats on both axes, in order of x (Pareto)."""
     signs = np.array([1 if lower_x else -1, -1 if higher_y else 1])
     costs = {name: _values(point) * signs for name, point in points.items()}
     beaten = {n for n, c in costs.items() for o in costs.values() if (o <= c).all() and (o < c).any()}
-    return sorted(costs.keys() - beaten, key=lambda n: float(_values(points[n])[0]))
+    return sorted(costs.keys() - beaten, key=lambda n: tuple(_values(points[n])))
 
 
-def pareto(
-    points: Mapping[str, tuple], *, title: str, xlabel: str, ylabel: str, lower_x=True, higher_y=True, logx=False
-) -> Figure:
+def pareto(points: Named, *, title: str, xlabel: str, ylabel: str, lower_x=True, higher_y=True, logx=False) -> Figure:
     """Each choice a named point; the line joins those that no other beats on both axes, the others stay hollow."""
     fig, axes = figure(title, xlabel, ylabel)
     best = front(points, lower_x=lower_x, higher_y=higher_y)
@@ -192,18 +184,18 @@ def pareto(
         px, py = _values(point)
         axes.plot(px, py, "o", color=COLOURS[0] if name in best else GREY, fillstyle="full" if name in best else "none")
         axes.annotate(name, (px, py), (5, 4), textcoords="offset points", fontsize=9)
-    _scales(axes, logx, False)
+    axes.set_xscale("log" if logx else "linear")
     axes.margins(0.15)
     return fig
 
 
-def guess(fig: Figure, value: float | None, *, axis: str = "y", label: str = "your guess") -> Figure:
+def guess(fig: Figure, value: float | None, *, axis: str = "y") -> Figure:
     """Draws the learner's guess into the result, where there is one: a dotted line across the first panel."""
     require_choice("axis", axis, ("x", "y"))
     if isinstance(value, int | float):
         axes = fig.axes[0]
         line = axes.axhline if axis == "y" else axes.axvline
-        line(value, color=COLOURS[3], linestyle=(0, (1, 2)), linewidth=2, label=f"{label}: {value:g}")
+        line(value, color=COLOURS[3], linestyle=(0, (1, 2)), linewidth=2, label=f"your guess: {value:g}")
         axes.legend(frameon=False)
     return fig
 
@@ -226,8 +218,8 @@ def show_figure(fig: Figure, *, alt: str) -> None:
         raise ValueError("alt is empty; say in a sentence what is to be seen, as in alt='loss rises below 4 bits'")
     png = base64.b64encode(to_png(fig)).decode()
     display({"image/png": png, "text/plain": alt}, {"image/png": {"alt": alt, "width": int(100 * fig.get_figwidth())}})
-    folded = f"<details><summary>the figure in words</summary>{html.escape(alt)}</details>"
     if live():
+        folded = f"<details><summary>the figure in words</summary>{html.escape(alt)}</details>"
         display({"text/html": folded, "text/plain": ""})
 
 
@@ -236,8 +228,9 @@ def _styles() -> Iterator[dict]:
     return ({"color": c, "linestyle": d, "marker": m} for c, d, m in cycle)
 
 
-def _scales(axes: Axes, logx: bool, logy: bool) -> None:
+def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
     axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    axes.legend(frameon=False, **place)
 
 
 def _array(numbers) -> np.ndarray:

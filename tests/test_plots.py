@@ -1,0 +1,116 @@
+"""Every figure has its words, looks the same twice, and leaves matplotlib as it was."""
+
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from effkit import plots
+from effkit.core.report import Reading
+
+X = np.array([1.0, 2.0, 4.0, 8.0])
+WORDS = {"title": "Which is faster?", "xlabel": "tokens", "ylabel": "time (ms)"}
+SPEED = {"title": "What bounds it?"}
+
+
+def seconds(value, spread=None):
+    return Reading(value, "s", "measured", spread)
+
+
+FIGURES = {
+    "lines": lambda: plots.lines(
+        {"a": (X, X), "b": (X, X**2, X / 4), "c": (X, [seconds(x, x / 9) for x in X])}, **WORDS
+    ),
+    "crossover": lambda: plots.crossover(X, X**2, 3 * X, names=("a", "b"), logx=True, logy=True, **WORDS),
+    "bars": lambda: plots.bars({"a": 1.0, "b": seconds(2.0, 0.2)}, **WORDS),
+    "heatmap": lambda: plots.heatmap(torch.arange(6).view(2, 3), "ab", range(3), unit="nats", center=0, **WORDS),
+    "histogram": lambda: plots.histogram(
+        {"w": torch.nn.Parameter(torch.arange(9.0)), "h": torch.ones(3).bfloat16()}, title="Gaussian?", xlabel="weight"
+    ),
+    "roofline": lambda: plots.roofline({"float32": 6e10}, {"memory": seconds(1e10)}, {"decode": (0.2, 1e9)}, **SPEED),
+    "small_multiples": lambda: plots.small_multiples(
+        lambda axes, bits: plots.draw_lines(axes, {"x": (X, X / bits)}), (2, 4), name="bits", **WORDS
+    ),
+    "pareto": lambda: plots.pareto({"a": (1, 2), "b": (2, 1), "c": (2, 2.5)}, logx=True, **WORDS),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_title_labels_and_the_same_bytes_twice(name):
+    fig = FIGURES[name]()
+    assert isinstance(fig, Figure) and fig.get_suptitle().endswith("?")
+    assert all(axes.get_xlabel() for axes in fig.axes[:1]) and fig.axes[0].get_ylabel()
+    png = plots.to_png(fig)
+    assert png.startswith(b"\x89PNG") and png == plots.to_png(FIGURES[name]()) and len(png) < 60_000
+
+
+def test_nothing_global_is_left_behind():
+    before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get("backend")
+    pyplot = "matplotlib.pyplot" in sys.modules
+    for make in FIGURES.values():
+        plots.to_png(make())
+    assert dict(matplotlib.rcParams) == before and matplotlib.rcParams._get("backend") == backend
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot
+    if pyplot:
+        assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_series_are_told_apart_without_colour():
+    fig = plots.lines({str(i): (X, X + i) for i in range(7)}, **WORDS)
+    drawn = fig.axes[0].get_lines()
+    assert len({line.get_marker() for line in drawn}) == len({line.get_color() for line in drawn}) == 7
+    assert len({(line.get_linestyle(), line._dash_pattern[1] and tuple(line._dash_pattern[1])) for line in drawn}) == 7
+
+
+@pytest.mark.parametrize("missing", WORDS)
+def test_an_empty_word_is_refused(missing):
+    with pytest.raises(ValueError, match=f"{missing} is empty"):
+        plots.lines({"a": (X, X)}, **WORDS | {missing: " "})
+
+
+def test_crossings_are_where_the_curves_meet():
+    assert plots.crossings(X, 2 * X, X + 3) == pytest.approx([3.0])
+    assert plots.crossings(X, X, np.full(4, 2.0)) == [2.0]
+    assert plots.crossings(X, X, X + 1) == []
+    assert plots.crossings(X, np.log(X), np.full(4, np.log(3)), logx=True) == pytest.approx([3.0])
+
+
+def test_no_crossing_is_said():
+    fig = plots.crossover(X, X, X + 1, names=("a", "b"), **WORDS)
+    assert "no crossing in this range" in [text.get_text() for text in fig.axes[0].texts]
+
+
+def test_the_front_is_what_nothing_beats():
+    points = {"a": (1, 1.0), "b": (2, 3.0), "c": (3, 2.0), "d": (2, 3.0)}
+    assert plots.front(points) == ["a", "b", "d"] or plots.front(points) == ["a", "d", "b"]
+    assert plots.front(points, higher_y=False) == ["a"]
+    assert plots.front(points, lower_x=False, higher_y=True)[-1] == "c"
+
+
+def test_a_guess_is_drawn_where_there_is_one():
+    fig = plots.lines({"a": (X, X)}, **WORDS)
+    before = len(fig.axes[0].lines)
+    assert plots.guess(fig, None) is fig and len(fig.axes[0].lines) == before
+    plots.guess(fig, 3.0, axis="x")
+    assert len(fig.axes[0].lines) == before + 1
+    assert "your guess: 3" in [text.get_text() for text in fig.axes[0].get_legend().get_texts()]
+    with pytest.raises(ValueError, match="axis must be one of 'x', 'y', got 'z'"):
+        plots.guess(fig, 3.0, axis="z")
+
+
+def test_a_figure_is_shown_with_its_words(capsys, monkeypatch):
+    fig = plots.lines({"a": (X, X)}, **WORDS)
+    with pytest.raises(ValueError, match="alt is empty"):
+        plots.show_figure(fig, alt="")
+    assert plots.show_figure(fig, alt="a line rises") is None
+    assert capsys.readouterr().out == "a line rises\n"
+    shown = []
+    monkeypatch.setattr(plots, "live", lambda: True)
+    monkeypatch.setattr(plots, "display", lambda *bundle: shown.append(bundle))
+    plots.show_figure(fig, alt="a line rises <fast>")
+    (picture, metadata), (words,) = shown
+    assert set(picture) == {"image/png", "text/plain"} and picture["text/plain"] == "a line rises <fast>"
+    assert metadata["image/png"]["alt"] == "a line rises <fast>" and "&lt;fast&gt;" in words["text/html"]
