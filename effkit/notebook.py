@@ -66,7 +66,7 @@ def highlighted(source: str, caption: str) -> str:
 
 
 def say(markdown: str) -> None:
-    """Displays Markdown, usually an f-string of the run's own numbers: such text can't contradict the table above it."""
+    """Displays Markdown, usually an f-string of the run's own numbers, which can't contradict the table above it."""
     text = inspect.cleandoc(markdown)
     display({"text/plain": text, "text/markdown": text})
 

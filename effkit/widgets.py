@@ -58,7 +58,8 @@ def interactive(function: Callable, *, still: Callable[[], object], **ranges: ob
     """Shows `still()`, small multiples of the sweep for paper and nbval, and below it `function` with sliders.
 
     `ranges` are ipywidgets' abbreviations, one an argument of the function: bits=(2, 8), method=["rtn", "gptq"].
-    Both functions display what they draw, by plots.show_figure.
+    Both functions display what they draw, by plots.show_figure. Not for a cell that nbval compares: it can't follow
+    output into a widget.
     """
     still()
     widgets = _ipywidgets()
