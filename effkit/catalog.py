@@ -16,9 +16,9 @@ PARADIGMS = ("quantization", "pruning", "distillation", "factorization", "compil
 
 @cache
 def techniques() -> dict[str, type[Technique]]:
-    """Name -> class, of every technique that core, the zoo and the chapters define."""
+    """Name -> class, of every technique that core, the zoo, the chapters and their combinations define."""
     found: dict[str, type[Technique]] = {}
-    for package in ("core", "zoo", *PARADIGMS):
+    for package in ("core", "zoo", *PARADIGMS, "combining"):
         for module in _modules(f"effkit.{package}"):
             for name, kind in vars(module).items():
                 if not (inspect.isclass(kind) and issubclass(kind, Technique) and kind.__module__ == module.__name__ and _complete(kind)):
