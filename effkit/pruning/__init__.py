@@ -22,6 +22,6 @@ SHOWCASE = Showcase(
     (
         Exhibit("resnet", lambda: Filters(sparsity=0.5, epochs=2), batch=64),
         Exhibit("mlp", lambda: Magnitude(sparsity=0.8), batch=64),
-        Exhibit("gpt-small", lambda: Fisher(sparsity=0.25, pattern="channels", layers="*.ff.*", examples=32), work="decode"),
+        Exhibit("gpt-small", lambda: Fisher(0.25, "channels", layers="*.ff.*", examples=32), work="decode"),
     ),
 )

@@ -5,7 +5,7 @@ Idea      Label every index of every weight, run the model on an example, and le
           over. No layer needs to be known: residuals, concatenations, flattening, gates follow from the operators.
 Cost      One forward pass, and a union-find over a few thousand labels.
 Unknown   An operator without a rule holds all that it touches: less is pruned, nothing is broken.
-Peer      Torch-Pruning walks autograd's graph and needs a rule for each kind of layer; here it is one for each operator.
+Peer      Torch-Pruning walks autograd's graph with a rule for each kind of layer; here there is one for each operator.
 Source    Fang et al. 2023, arXiv:2301.12900, sec. 3.
 """
 
@@ -119,4 +119,7 @@ def collected(labels: Labels, names: dict[Tensor, tuple[str, tuple[int, ...]]]) 
     alike: dict[tuple, list[dict[Place, list[int]]]] = defaultdict(list)
     for root, places in classes.items():
         alike[frozenset(places), labels.classes.held.get(root, "")].append(places)
-    return [Group({place: [c[place] for c in channels] for place in channels[0]}, held) for (_, held), channels in alike.items()]
+    return [
+        Group({place: [c[place] for c in channels] for place in channels[0]}, held)
+        for (_, held), channels in alike.items()
+    ]

@@ -37,7 +37,7 @@ class Classes:
     def roots(self, axis: Axis) -> Axis:
         return np.array([self.root(i) for i in axis.tolist()], dtype=np.int64) if axis.any() else axis
 
-    def tie(self, a: Axis, b: Axis, why: str) -> Axis:
+    def tie(self, a: Axis, b: Axis, why: str = "it meets a tensor of fixed size") -> Axis:
         """Index i of one is index i of the other. Where one has no label, the other has to stay."""
         if a is b or not (a.any() or b.any()):
             return a
@@ -116,14 +116,14 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, slic
 def regroup(labels: Labels, axes: list[Axis], shape: Sequence[int]) -> list[Axis]:
     """The axes after a reshape of one block, such as (channels, height, width) -> (everything).
 
-    A channel becomes a run of indices with one label. Cutting a dimension up, as into heads, makes each part one channel."""
+    A channel becomes a run of indices with one label; where a dimension is cut up, as into heads, each part is one."""
     fixed = [blank(n) for n in shape]
     labelled = [d for d, axis in enumerate(axes) if axis.any()]
     if not labelled:
         return fixed
     if len(labelled) > 1 or prod(shape) == 1:
         for d in labelled:
-            labels.classes.hold(axes[d], "a reshape mixes two kinds of channels" if len(labelled) > 1 else "a reshape drops it")
+            labels.classes.hold(axes[d], "a reshape mixes it with other channels, or drops it")
         return fixed
     d = labelled[0]
     place = [-1 if i == d else 1 for i in range(len(axes))]
@@ -132,5 +132,5 @@ def regroup(labels: Labels, axes: list[Axis], shape: Sequence[int]) -> list[Axis
     whole = [j for j, grid in grids.items() if (grid == grid[:, :1]).all()]
     j = whole[0] if whole else min(grids)
     for column in range(1, 0 if whole else grids[j].shape[1]):
-        labels.classes.tie(grids[j][:, 0].copy(), grids[j][:, column].copy(), "a reshape cuts it up")
+        labels.classes.tie(grids[j][:, 0].copy(), grids[j][:, column].copy())
     return [*fixed[:j], grids[j][:, 0].copy(), *fixed[j + 1 :]]

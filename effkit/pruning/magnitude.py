@@ -4,7 +4,7 @@ Problem   Which weights does the function not need?
 Idea      P = {w : |w| < tau}. With inputs of like size, a small weight moves the output little.
 Cost      A look at the weights; no data.
 Left out  The inputs: a small weight on a large input matters, a large one on a dead input does not.
-Source    Han et al. 2015, arXiv:1506.02626, sec. 3; channels by the sum of |w| Li et al. 2016, arXiv:1608.08710, sec. 3.1.
+Source    Han et al. 2015, arXiv:1506.02626, sec. 3; channels: Li et al. 2016, arXiv:1608.08710, sec. 3.1.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from effkit.core.checks import require_float
+from effkit.core.surgery import dense_weight
 from effkit.core.task import Task
 from effkit.core.technique import Paper
 from effkit.pruning.prune import Layers, Prune
@@ -32,17 +33,24 @@ class Magnitude(Prune):
 
     tau: float | None = None
 
-    paper = Paper("Han et al.", 2015, "Learning both weights and connections for efficient neural networks", "arXiv:1506.02626", "sec. 3")
+    paper = Paper(
+        "Han et al.",
+        2015,
+        "Learning both weights and connections for efficient neural networks",
+        "arXiv:1506.02626",
+        "sec. 3",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.tau is not None:
             require_float("tau", self.tau, 0.0)
             if (self.pattern, self.schedule) != ("weights", "one-shot"):
-                raise ValueError(f"tau must be None for pattern {self.pattern!r} and schedule {self.schedule!r}, got {self.tau}: give a sparsity instead")
+                way = f"pattern {self.pattern!r} and schedule {self.schedule!r}"
+                raise ValueError(f"tau must be None for {way}, got {self.tau}: give a sparsity instead")
 
     def score(self, model: nn.Module, layers: Layers, task: Task) -> dict[str, Tensor]:
-        return {path: layer.weight.detach().abs().float() for path, layer in layers.items()}  # type: ignore[union-attr, operator]
+        return {path: dense_weight(layer).detach().abs().float() for path, layer in layers.items()}
 
     def pooled(self, total: Float[Tensor, " channels"], weights: int) -> Float[Tensor, " channels"]:
         """The mean of |w|: sums could not be compared between groups."""

@@ -6,8 +6,11 @@ Idea      The layer keeps its weight and a mask, and applies W where the mask is
 Choice    P = {w : score(w) < tau}, with tau the score below which the wanted share lies; ties go in order of index, so
           that the sparsity is exactly what was asked for.
 Cost      The file holds all weights, zeros too, and one byte of mask for each: nothing is smaller or faster yet.
-Source    Han et al. 2015, arXiv:1506.02626, sec. 3.1.
+Source    Han et al. 2015, arXiv:1506.02626, sec. 3.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from effkit.core.checkpoint import stored
+from effkit.core.surgery import dense_weight
 
 
 def threshold(score: Float[Tensor, "..."], *, sparsity: float) -> float:
-    """tau: the share `sparsity` of all scores, rounded to whole weights, is smaller; minus infinity where that is none."""
+    """tau: the smallest score that stays when the share `sparsity` goes, rounded to whole weights."""
     n = round(sparsity * score.numel())
-    return score.flatten().float().kthvalue(n + 1).values.item() if 0 < n < score.numel() else (torch.inf if n else -torch.inf)
+    return score.flatten().float().kthvalue(min(n + 1, score.numel())).values.item()
 
 
 def keep_largest(score: Float[Tensor, "..."], *, sparsity: float) -> Bool[Tensor, "..."]:
@@ -44,10 +48,11 @@ def choose(scores: dict[str, Tensor], *, sparsity: float, scope: str, least: int
 
     least   so many of every tensor stay at any rate"""
     if scope == "layer":
-        return {name: without_smallest(s, min(round(sparsity * s.numel()), max(0, s.numel() - least))) for name, s in scores.items()}
+        count = {name: min(round(sparsity * s.numel()), max(0, s.numel() - least)) for name, s in scores.items()}
+        return {name: without_smallest(s, count[name]) for name, s in scores.items()}
     spared = [_spare(s.flatten().float(), least) for s in scores.values()]
     everything, sizes = torch.cat(spared), [s.numel() for s in spared]
-    n = min(round(sparsity * sum(sizes)), int(torch.isfinite(everything).sum() + (everything == -torch.inf).sum()))
+    n = min(round(sparsity * sum(sizes)), int((everything < torch.inf).sum()))
     parts = without_smallest(everything, n).split(sizes)
     return {name: part.reshape(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
@@ -62,6 +67,8 @@ def _spare(score: Float[Tensor, " n"], least: int) -> Float[Tensor, " n"]:
 class Mask(nn.Module):
     """W -> W where `keep`, 0 elsewhere; registered as a parametrization of a layer's weight."""
 
+    keep: Tensor
+
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
         self.shape = tuple(shape)
@@ -73,24 +80,24 @@ class Mask(nn.Module):
 
 def mask_of(layer: nn.Module) -> Mask | None:
     """The mask on a layer's weight, or None."""
-    held = getattr(layer, "parametrizations", {})
+    held: Any = getattr(layer, "parametrizations", {})
     return next((p for p in held["weight"] if isinstance(p, Mask)), None) if "weight" in held else None
 
 
 def mask_(layer: nn.Module, keep: Bool[Tensor, "..."]) -> None:
-    """Masks a layer's weight; a weight that is masked already stays so. The stored numbers beneath become zero too."""
+    """Masks a layer's weight; what is masked already stays so. The stored numbers beneath become zero too."""
     mask = mask_of(layer)
     if mask is None:
-        mask = Mask(tuple(layer.weight.shape)).to(layer.weight.device)  # type: ignore[union-attr, arg-type]
+        weight = dense_weight(layer)
+        mask = Mask(tuple(weight.shape)).to(weight.device)
         parametrize.register_parametrization(layer, "weight", mask)
     mask.keep &= keep
-    held = layer.parametrizations["weight"]  # type: ignore[index, union-attr]
+    held: Any = layer.parametrizations["weight"]  # type: ignore[index]
     if len(held) == 1:
         held.original.data = mask(held.original.data)  # a new tensor: the old one may be expanded
 
 
-def masked_share(layers: list[nn.Module]) -> float:
+def masked_share(layers: Iterable[nn.Module]) -> float:
     """The share of weights that their masks hold at zero."""
-    masks = [(layer, mask) for layer in layers if (mask := mask_of(layer)) is not None]
-    zeros = sum(int((~mask.keep & (layer.weight == 0)).sum()) for layer, mask in masks)  # type: ignore[operator]
-    return zeros / max(1, sum(mask.keep.numel() for _, mask in masks))
+    masks = [(mask.keep, dense_weight(layer)) for layer in layers if (mask := mask_of(layer)) is not None]
+    return sum(int((~keep & (w == 0)).sum()) for keep, w in masks) / max(1, sum(w.numel() for _, w in masks))

@@ -1,10 +1,10 @@
 """Prune: a score, a pattern and a schedule.
 
 Problem   Networks have far more weights than their function needs. Which can go, in what shape, and when?
-Idea      Every method answers these three apart. The score says what a weight is worth: that is all that a criterion has
-          to define. The pattern says what goes together: single weights, masked, or whole channels, removed. The
-          schedule says when: at once, or in steps while training.
-Theory    To second order, taking out a weight w costs (1/2) H w^2 at a minimum of the loss (LeCun et al. 1989, eq. 5):
+Idea      Three answers, three parts. The score says what a weight is worth: that is all that a criterion has to define.
+          The pattern says what goes together: single weights, masked, or whole channels, removed. The schedule says
+          when: at once, or in steps while training.
+Theory    To second order, taking out a weight w costs (1/2) H w^2 at a minimum of the loss (LeCun et al. 1989, eq. 2):
           magnitude takes H for constant, Fisher for the mean squared gradient.
 Source    Hoefler et al. 2021, arXiv:2102.00554, for the three questions.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from effkit.core.checks import require_choice, require_float, require_int
 from effkit.core.report import Reading
-from effkit.core.surgery import find, note
+from effkit.core.surgery import dense_weight, find, note
 from effkit.core.task import Task
 from effkit.core.technique import Technique, Trait
 from effkit.core.training import Schedule, fit
 from effkit.core.traits import FLOAT_WEIGHTS, UNMASKED
-from effkit.pruning.masks import choose, mask_of, masked_share, mask_
+from effkit.pruning.masks import choose, mask_, mask_of, masked_share
 from effkit.pruning.schedules import cubic, cutting_steps
-from effkit.pruning.structured import channel_totals, kept_share, removable, shrink_
+from effkit.pruning.structured import channel_totals, removable, shrink_
 
 PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)
 Layers = dict[str, nn.Module]
@@ -61,7 +61,8 @@ class Prune(Technique, ABC):
         require_float("lr", self.lr, 0.0, open_low=True)
         if self.schedule == "cubic" and (self.epochs == 0 or self.pattern == "channels"):
             got = f"epochs={self.epochs}, pattern={self.pattern!r}"
-            raise ValueError(f"schedule 'cubic' masks weights while training: epochs must be 1 or more and pattern 'weights', got {got}; or use 'one-shot'")
+            needed = "epochs must be 1 or more and pattern 'weights'"
+            raise ValueError(f"schedule 'cubic' masks weights while training: {needed}, got {got}; or use 'one-shot'")
 
     @property
     def needs(self) -> frozenset[Trait]:  # type: ignore[override]
@@ -96,7 +97,7 @@ class Prune(Technique, ABC):
         """The share of weights that masks hold at zero; for channels the parameters that are left."""
         if self.pattern == "channels":
             return Reading(sum(p.numel() for p in model.parameters()), "params", "counted", better="lower")
-        return Reading(masked_share(list(model.modules())), "sparsity", "counted", better="higher")
+        return Reading(masked_share(model.modules()), "sparsity", "counted", better="higher")
 
     def _find(self, model: nn.Module) -> Layers:
         return dict(find(model, PRUNABLE, layers=self.layers, by=type(self).__name__))
@@ -105,7 +106,8 @@ class Prune(Technique, ABC):
         scores = self.score(model, layers, task)
         for path, score in scores.items():
             if torch.isnan(score).any() or (score == torch.inf).any():
-                raise ValueError(f"the scores of layer {path or '(the model)'} hold NaN or infinity: scale the calibration inputs down, or leave it out with `layers`")
+                where = path or "(the model)"
+                raise ValueError(f"{where} has scores that are NaN or infinite: scale task.calib down, or set `layers`")
         return scores
 
     def _keep(self, scores: dict[str, Tensor], sparsity: float, least: int = 0) -> dict[str, Tensor]:
@@ -125,12 +127,14 @@ class Prune(Technique, ABC):
         total = self.epochs * len(task.train)  # type: ignore[arg-type]
         ramp, cuts = cutting_steps(total)
         for layer in layers.values():
-            mask_(layer, torch.ones_like(layer.weight, dtype=torch.bool))  # fit must see the masked model's parameters
-        start = masked_share(list(layers.values()))
+            mask_(
+                layer, torch.ones_like(dense_weight(layer), dtype=torch.bool)
+            )  # fit must see the masked model's parameters
+        start = min(masked_share(layers.values()), self.sparsity)
 
         def cut(step: int) -> None:
             if step in cuts:
-                self._mask(model, layers, task, cubic(step, steps=ramp, final=self.sparsity, initial=min(start, self.sparsity)))
+                self._mask(model, layers, task, cubic(step, steps=ramp, final=self.sparsity, initial=start))
 
         fit(model, task, Schedule(total, self.lr), after_step=cut, label=type(self).__name__)
         return model
@@ -144,4 +148,4 @@ class Prune(Technique, ABC):
         keep = list(self._keep(worth, self.sparsity, least=1).values())
         shrink_(model, list(zip(found, keep, strict=True)), task.example)  # type: ignore[arg-type]
         for group, stays in zip(found, keep, strict=True):
-            note(model, group.layers[0], f"{kept_share([stays])} of {', '.join(group.layers)}", by)
+            note(model, group.layers[0], f"{int(stays.sum())} left of {group}", by)

@@ -27,7 +27,7 @@ def pointwise(t: Labels, out, *args, **settings) -> Axes:
     for d in range(1, len(shape) + 1):
         meeting = [t.axes(x)[-d] for x in operands if x.dim() >= d and x.shape[-d] == shape[-d]]
         for axis in meeting[1:]:
-            meeting[0] = t.classes.tie(meeting[0], axis, "it meets a tensor of fixed size")
+            meeting[0] = t.classes.tie(meeting[0], axis)
         axes[-d] = meeting[0] if meeting else axes[-d]
     return [axes for _ in tensors_in(out)]
 
@@ -62,7 +62,7 @@ def cat(t: Labels, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> Axes:
     axes = [list(t.axes(x)) for x in parts]
     result = axes[0]
     for other in axes[1:]:
-        result = [a if d == dim % out.dim() else t.classes.tie(a, other[d], "it meets a tensor of fixed size") for d, a in enumerate(result)]
+        result = [a if d == dim % out.dim() else t.classes.tie(a, other[d]) for d, a in enumerate(result)]
     result[dim] = np.concatenate([a[dim] for a in axes])
     return [result]
 
@@ -112,29 +112,37 @@ def softmax(t: Labels, out: Tensor, x: Tensor, dim: int, *rest) -> Axes:
 
 
 def contract(t: Labels, a: Tensor, i: int, b: Tensor, j: int) -> None:
-    """A sum over products: without the index on both sides nothing is missing, if a weight there would have been zero."""
+    """A sum over products: an index gone on both sides leaves out a product with a weight, which could have been 0."""
     if t.is_weight(a) or t.is_weight(b):
-        t.classes.tie(t.axes(a)[i], t.axes(b)[j], "it meets a tensor of fixed size")
+        t.classes.tie(t.axes(a)[i], t.axes(b)[j])
     else:
         t.hold((a, b), "activations are multiplied with activations")
 
 
 def matmul(t: Labels, out: Tensor, a: Tensor, b: Tensor, *rest, **settings) -> Axes:
-    """(..., n, k) x (..., k, m), (n, k) x (k)."""
-    contract(t, a, -1, b, 0 if b.dim() == 1 else -2)
-    batch = [t.classes.tie(p, q, "it meets a tensor of fixed size") for p, q in zip(t.axes(a)[:-2], t.axes(b)[:-2], strict=True)] if b.dim() > 1 else []
-    return [[*batch, *t.axes(a)[-2:-1], *(t.axes(b)[-1:] if b.dim() > 1 else [])]]
+    """(..., n, k) x (..., k, m)."""
+    contract(t, a, -1, b, -2)
+    batch = [t.classes.tie(p, q) for p, q in zip(t.axes(a)[:-2], t.axes(b)[:-2], strict=True)]
+    return [[*batch, t.axes(a)[-2], t.axes(b)[-1]]]
+
+
+def matvec(t: Labels, out: Tensor, a: Tensor, b: Tensor) -> Axes:
+    """(n, k) x (k)."""
+    contract(t, a, 1, b, 0)
+    return [t.axes(a)[:1]]
 
 
 def biased_matmul(t: Labels, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **settings) -> Axes:
     axes = matmul(t, out, a, b)[0]
     for d in range(1, bias.dim() + 1):
         if bias.shape[-d] == out.shape[-d]:
-            axes[-d] = t.classes.tie(axes[-d], t.axes(bias)[-d], "it meets a tensor of fixed size")
+            axes[-d] = t.classes.tie(axes[-d], t.axes(bias)[-d])
     return [axes]
 
 
-def convolution(t: Labels, out: Tensor, x: Tensor, w: Tensor, bias, stride, padding, dilation, transposed: bool, more, groups: int) -> Axes:
+def convolution(
+    t: Labels, out: Tensor, x: Tensor, w: Tensor, bias, stride, padding, dilation, transposed: bool, more, groups: int
+) -> Axes:
     """Dense: inputs tie to the weight's, outputs are the weight's. Depthwise: inputs are outputs. Other groups stay."""
     inputs, outputs = (0, 1) if transposed else (1, 0)
     channels = t.axes(w)[outputs]
@@ -142,7 +150,7 @@ def convolution(t: Labels, out: Tensor, x: Tensor, w: Tensor, bias, stride, padd
     if groups == 1:
         contract(t, x, 1, w, inputs)
     elif depthwise:
-        channels = t.classes.tie(t.axes(x)[1], channels, "it meets a tensor of fixed size")
+        channels = t.classes.tie(t.axes(x)[1], channels)
     else:
         for axis in (t.axes(x)[1], *t.axes(w)[:2]):
             t.classes.hold(axis, "a grouped convolution")
@@ -156,7 +164,7 @@ def batch_norm(t: Labels, out, x: Tensor, *statistics, **settings) -> Axes:
     """Weight, bias, mean and variance go with the channels, dimension 1."""
     axes = list(t.axes(x))
     for vector in tensors_in(statistics):
-        axes[1] = t.classes.tie(axes[1], t.axes(vector)[0], "it meets a tensor of fixed size")
+        axes[1] = t.classes.tie(axes[1], t.axes(vector)[0])
     return [axes]
 
 
@@ -168,28 +176,37 @@ def embedding(t: Labels, out: Tensor, w: Tensor, ids: Tensor, *rest, **settings)
 def attention(t: Labels, out, q: Tensor, k: Tensor, v: Tensor, *rest, **settings) -> Axes:
     """Heads are channels: keys, values and the queries that share them go together; what lies within a head stays."""
     share = q.shape[1] // k.shape[1]
-    heads = t.classes.tie(t.axes(k)[1], t.axes(v)[1], "it meets a tensor of fixed size")
-    queries = t.classes.tie(t.axes(q)[1], np.repeat(heads, share), "it meets a tensor of fixed size")
+    heads = t.classes.tie(t.axes(k)[1], t.axes(v)[1])
+    queries = t.classes.tie(t.axes(q)[1], np.repeat(heads, share))
     for x in (q, k, v):
         for axis in t.axes(x)[2:]:
             t.classes.hold(axis, "attention runs over it")
     return [[t.axes(q)[0], queries, *map(blank, next(tensors_in(out)).shape[2:])]]
 
 
-RULES: dict[str, Callable[..., Axes]] = {
-    **dict.fromkeys(("clone", "detach", "alias", "_to_copy", "zeros_like", "ones_like", "full_like", "empty_like", "hardswish", "dropout"), same),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze"), view),
-    **dict.fromkeys(("transpose", "t"), transpose),
-    **dict.fromkeys(("slice", "split", "split_with_sizes", "select", "unbind", "constant_pad_nd"), cut),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "prod", "any", "all"), reduce),
-    **dict.fromkeys(("_softmax", "_log_softmax"), softmax),
-    **dict.fromkeys(("mm", "bmm", "mv", "matmul"), matmul),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv"), biased_matmul),
-    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), batch_norm),
-    **{name.format(n): spatial(n) for n in (1, 2, 3) for name in (
-        "max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "_adaptive_avg_pool{}d", "adaptive_max_pool{}d", "upsample_nearest{}d")},
-    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), spatial(2)),
-    **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"), attention),
-    "_prelu_kernel": pointwise, "copy": pointwise, "masked_fill": pointwise,
-    "permute": permute, "expand": expand, "cat": cat, "convolution": convolution, "embedding": embedding,
-}  # fmt: skip
+_RULES: dict[Callable[..., Axes], str] = {
+    same: "clone detach alias _to_copy zeros_like ones_like full_like empty_like hardswish dropout",
+    pointwise: "_prelu_kernel copy masked_fill",
+    view: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze",
+    transpose: "transpose t",
+    permute: "permute",
+    expand: "expand",
+    cat: "cat",
+    cut: "slice split split_with_sizes select unbind constant_pad_nd",
+    reduce: "mean sum amax amin var std prod any all",
+    softmax: "_softmax _log_softmax",
+    matmul: "mm bmm",
+    matvec: "mv",
+    biased_matmul: "addmm baddbmm",
+    convolution: "convolution",
+    batch_norm: "native_batch_norm cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training",
+    embedding: "embedding",
+    attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention",
+    spatial(1): "max_pool1d avg_pool1d upsample_nearest1d upsample_linear1d",
+    spatial(2): "max_pool2d max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d",
+    spatial(3): "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d",
+}
+#: operator -> rule; what is missing here and works element by element goes by `pointwise`
+RULES = {name: rule for rule, names in _RULES.items() for name in names.split()}

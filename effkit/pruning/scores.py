@@ -1,13 +1,13 @@
 """Scores from gradients: what the loss says about a weight.
 
 Problem   The size of a weight says nothing about what the loss loses without it.
-Idea      Expand the loss around the trained weights: dL = g dw + (1/2) H dw^2. At a minimum g = 0; taking a weight out is
-          dw = -w, so it costs (1/2) H w^2. The diagonal of H is approximated by the empirical Fisher information,
+Idea      Expand the loss around the trained weights: dL = g dw + (1/2) H dw^2. At a minimum g = 0; without the weight
+          dw = -w, so that costs (1/2) H w^2. The diagonal of H is approximated by the empirical Fisher information,
           F = (1/N) sum_n g_n^2, the mean of the squared gradients of single examples' losses.
 Law       Where the model's probabilities are the true ones, F is the expected Hessian of the log-loss.
-Cost      One backward pass an example: the square of a batch's mean gradient would be another quantity, smaller and noisier.
+Cost      One backward pass an example: the squared mean gradient of a batch is another quantity, smaller and noisier.
 Left out  What weights do to each other: the rest of H.
-Source    LeCun et al. 1989, "Optimal brain damage", eq. 5; the Fisher form Theis et al. 2018, arXiv:1801.05787, eq. 6.
+Source    LeCun et al. 1989, "Optimal brain damage", eq. 2; with Fisher Theis et al. 2018, arXiv:1801.05787, sec. 2.1.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from effkit.core.checks import require_int
-from effkit.core.surgery import note
+from effkit.core.surgery import dense_weight, note
 from effkit.core.task import Batch, Task
 from effkit.core.technique import Paper, evaluating
 from effkit.pruning.prune import Layers, Prune
@@ -53,11 +53,13 @@ def singly(task: Task, examples: int) -> Iterator[Batch]:
 
 
 def gradients(model: nn.Module, layers: Layers, task: Task, batch: Batch) -> dict[str, Tensor]:
-    """d loss / d weight of each layer that the loss depends on, in evaluation mode; frozen weights have gradients too."""
+    """d loss / d weight of each layer that the loss depends on, in evaluation mode, frozen weights included."""
     with evaluating(model), thawed(layers), torch.enable_grad(), parametrize.cached():
-        weights = {path: layer.weight for path, layer in layers.items()}  # the very tensors of this pass, masks applied
+        weights = {
+            path: dense_weight(layer) for path, layer in layers.items()
+        }  # the very tensors of this pass, masks applied
         loss = task.loss(model(batch[0]), batch)  # type: ignore[misc]
-        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)  # type: ignore[arg-type]
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {path: g for path, g in zip(weights, found, strict=True) if g is not None}
 
 
@@ -82,7 +84,13 @@ class Fisher(Prune):
 
     examples: int = 128
 
-    paper = Paper("Theis et al.", 2018, "Faster gaze prediction with dense networks and Fisher pruning", "arXiv:1801.05787", "eq. 6")
+    paper = Paper(
+        "Theis et al.",
+        2018,
+        "Faster gaze prediction with dense networks and Fisher pruning",
+        "arXiv:1801.05787",
+        "sec. 2.1",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,5 +101,5 @@ class Fisher(Prune):
         fisher = diagonal_fisher(model, layers, task, examples=self.examples)
         for path in layers.keys() - fisher.keys():
             note(model, path, "scored 0", "no example of task.calib reaches it")
-        zero = torch.zeros(())
-        return {path: saliency(layer.weight.detach().float(), fisher.get(path, zero).to(layer.weight.device)) for path, layer in layers.items()}  # type: ignore[union-attr, operator, arg-type]
+        weights = {path: dense_weight(layer).detach().float() for path, layer in layers.items()}
+        return {path: saliency(w, fisher.get(path, torch.zeros_like(w))) for path, w in weights.items()}

@@ -10,7 +10,6 @@ Source    Li et al. 2016, arXiv:1608.08710, sec. 3; through residuals Fang et al
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,7 +30,7 @@ def removable(model: nn.Module, example: tuple[Tensor, ...], *, layers: str = "*
     chosen = [group for group in found if any(fnmatch.fnmatchcase(path, layers) for path in group.layers)]
     if not chosen:
         names = "; ".join(map(str, found)) or "none at all"
-        raise ValueError(f"{by}: the pattern {layers!r} matches no layer whose outputs are channels; there are: {names}")
+        raise ValueError(f"{by}: the pattern {layers!r} matches no layer with channels; candidates: {names}")
     for group in chosen:
         if group.held:
             note(model, group.layers[0], f"all {group} left alone", group.held)
@@ -60,7 +59,8 @@ def going(choice: Choice) -> dict[Place, list[int]]:
     found: dict[Place, list[int]] = defaultdict(list)
     for group, keep in choice:
         for place, indices in group.where.items():
-            found[place] += [i for channel, stays in zip(indices, keep.tolist(), strict=True) if not stays for i in channel]
+            for channel in (~keep).nonzero().flatten().tolist():
+                found[place] += indices[channel]
     return {place: indices for place, indices in found.items() if indices}
 
 
@@ -98,7 +98,7 @@ def shrink_(model: nn.Module, choice: Choice, example: tuple[Tensor, ...]) -> No
 
 def _blame(choice: Choice) -> str:
     names = "; ".join(str(group) for group, keep in choice if not keep.all())
-    return f"a size must be written into the model's code, for it does not run without some of {names}; leave layers out with `layers`"
+    return f"the model's code seems to have sizes written in, for it changed without some of {names}; set `layers`"
 
 
 def _outputs(model: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
@@ -123,7 +123,8 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _renumber(module: nn.Module) -> None:
     """Layers state their sizes; a narrowed one states its new ones."""
-    shape = tuple(module.weight.shape) if isinstance(getattr(module, "weight", None), Tensor) else ()  # type: ignore[union-attr]
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = shape
     elif isinstance(module, nn.modules.conv._ConvNd):
@@ -132,15 +133,9 @@ def _renumber(module: nn.Module) -> None:
         first, second = shape[0], shape[1] * module.groups
         module.out_channels, module.in_channels = (second, first) if module.transposed else (first, second)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        vector = next((v for v in (module.weight, module.running_mean) if v is not None), None)
-        module.num_features = module.num_features if vector is None else len(vector)
+        sizes = [len(v) for v in (module.weight, module.running_mean) if v is not None]
+        module.num_features = sizes[0] if sizes else module.num_features
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = shape[0]
-
-
-def kept_share(choices: Iterable[Bool[Tensor, " channels"]]) -> str:
-    """Such as "120 of 240 channels"."""
-    flat = torch.cat([keep.flatten() for keep in choices])
-    return f"{int(flat.sum())} of {flat.numel()} channels stay"
