@@ -46,7 +46,7 @@ def reset_(model: nn.Module, *, seed: int) -> nn.Module:
                 module.reset_parameters()
             elif next(module.parameters(recurse=False), None) is not None:
                 what = f"{path or 'the model'} ({type(module).__name__})"
-                raise ValueError(f"Fresh: {what} has parameters and no reset_parameters to draw them anew; name a kind")
+                raise ValueError(f"Fresh needs reset_parameters to draw weights anew, which {what} lacks; name a kind")
     return model
 
 

@@ -91,7 +91,10 @@ def test_recipes_round_trip():
         (lambda: Fresh(seed=-1), "seed must be"),
         (lambda: Fresh("MLP", (("depth", 2),))(nn.Linear(2, 2)), "no MLP can be built"),
         (lambda: Fresh(numbers=(("layers", 2),))(nn.Sequential(nn.Linear(2, 2))), "name a kind"),
-        (lambda: Fresh()(nn.Sequential(nn.ParameterList([nn.Parameter(torch.ones(2))]))), "no reset_parameters"),
+        (
+            lambda: Fresh()(nn.Sequential(nn.ParameterList([nn.Parameter(torch.ones(2))]))),
+            "which 0 .ParameterList. lacks",
+        ),
         (lambda: Fresh()(nn.Sequential(Packed())), "packed weights"),
     ],
 )
