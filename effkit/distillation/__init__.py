@@ -14,7 +14,7 @@ __all__ = ["SHOWCASE", "Distill"]
 def narrow_student(epochs: int = 20) -> Distill:
     """Two hidden layers of 30 units, the narrowest student of Hinton et al. 2015, sec. 3, for which temperatures of 2.5
     to 4 did best."""
-    return Distill(Fresh(numbers=(("widths", (784, 30, 30, 10)),)), temperature=4.0, epochs=epochs)
+    return Distill(Fresh(numbers=(("widths", (784, 30, 30, 10)),)), temperature=4.0, epochs=epochs, lr=1e-2)
 
 
 SHOWCASE = Showcase("distillation", (Exhibit("mlp", narrow_student, batch=64),))
