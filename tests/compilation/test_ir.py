@@ -1,0 +1,90 @@
+"""Capture: the graph computes what the model does, and what has no graph is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from effkit.compilation.ir import CannotCompile, Ref, capture, run
+from effkit.zoo import GPT, MLP, ResNet
+from tests.compilation.programs import close, inputs, programs
+
+SMALL = {
+    "mlp": (lambda: MLP((784, 20, 10)), lambda: torch.randn(3, 1, 28, 28)),
+    "resnet": (lambda: ResNet((4, 8)), lambda: torch.randn(2, 1, 28, 28)),
+    "gpt": (lambda: GPT(vocab_size=32, d_model=16, layers=2, heads=4, kv_heads=2, d_ff=24), lambda: torch.randint(32, (2, 7))),
+}
+
+
+@given(programs())
+@settings(max_examples=10)
+def test_a_graph_computes_what_the_model_does(program):
+    graph = capture(program, inputs())
+    for seed in (0, 1):
+        with torch.no_grad():
+            assert close(run(graph, inputs(seed=seed)), program(*inputs(seed=seed)), 0)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_zoo_is_captured(name):
+    build, example = SMALL[name]
+    model, x = build().eval(), example()
+    with torch.no_grad():
+        assert torch.equal(run(capture(model, (x,)), (x,)), model(x))
+
+
+def test_a_graph_prints_one_line_a_node_with_its_type():
+    text = str(capture(nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval(), (torch.ones(4, 3),)))
+    assert text.splitlines()[0] == "%p_0_weight: float32[2, 3] = weight"
+    assert "%relu: float32[4, 2] = relu(%addmm)" in text and text.endswith("return %relu")
+
+
+def test_every_use_stands_behind_its_definition_and_views_know_their_owner():
+    graph = capture(nn.Flatten(), (torch.ones(2, 3, 4),))
+    assert [node.op for node in graph.nodes[:1]] == ["input"] and graph.outputs == (Ref(graph.nodes[-1].name),)
+    assert graph.root(graph.nodes[-1].name) == "x0", "flattening a contiguous tensor shows the same memory"
+
+
+def test_weights_stay_live():
+    model = nn.Linear(3, 2).eval()
+    graph = capture(model, (torch.ones(1, 3),))
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        model.bias.zero_()
+    assert run(graph, (torch.ones(1, 3),)).tolist() == [[6.0, 6.0]]
+
+
+def test_a_nested_output_comes_back_as_it_was():
+    class Nested(nn.Module):
+        def forward(self, x):
+            return {"twice": x * 2, "rest": [x + 1, None, 3]}
+
+    x = torch.ones(2)
+    result = run(capture(Nested(), (x,)), (x,))
+    assert result["rest"][1:] == [None, 3] and result["twice"].tolist() == [2.0, 2.0]
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.calls
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("model, said", [(Branches(), "cannot be captured"), (Counts(), "writes into"), (Noisy(), "random")])
+def test_what_a_graph_cannot_say_is_refused(model, said):
+    with pytest.raises(CannotCompile, match=said):
+        capture(model, (torch.ones(3),))
