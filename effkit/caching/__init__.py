@@ -10,5 +10,9 @@ from effkit.core.showcase import Exhibit, Showcase
 __all__ = ["SHOWCASE", "Preallocated", "Recompute"]
 
 SHOWCASE = Showcase(
-    "caching", (Exhibit("gpt-small", Preallocated, work="decode"), Exhibit("gpt-small", Recompute, work="decode"))
+    "caching",
+    (
+        Exhibit("gpt-small", Preallocated, work="decode", baseline=Recompute),
+        Exhibit("gpt-small", Preallocated, work="decode"),
+    ),
 )

@@ -28,8 +28,8 @@ def cached_macs(length: int, *, weights: int, layers: int, heads: int, head_dim:
 
 
 def recomputed_macs(length: int, *, weights: int, layers: int, heads: int, head_dim: int) -> int:
-    """The same without a cache: each of the `length` tokens passes again, and attends to all (the causal half of the
-    scores is counted, as kernels that skip it are the exception)."""
+    """The same without a cache: each of the `length` tokens passes again. All length^2 scores are counted, those too
+    that a causal kernel may skip."""
     return length * cached_macs(length, weights=weights, layers=layers, heads=heads, head_dim=head_dim)
 
 
