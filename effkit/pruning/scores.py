@@ -7,7 +7,7 @@ Idea      Expand the loss around the trained weights: dL = g dw + (1/2) H dw^2. 
 Law       Where the model's probabilities are the true ones, F is the expected Hessian of the log-loss.
 Cost      One backward pass an example: the squared mean gradient of a batch is another quantity, smaller and noisier.
 Left out  What weights do to each other: the rest of H.
-Source    LeCun et al. 1989, "Optimal brain damage", eq. 2; with Fisher Theis et al. 2018, arXiv:1801.05787, sec. 2.1.
+Source    LeCun et al. 1989, "Optimal brain damage", eq. 2; with Fisher Theis et al. 2018, arXiv:1801.05787.
 """
 
 from collections.abc import Iterator
@@ -89,7 +89,7 @@ class Fisher(Prune):
         2018,
         "Faster gaze prediction with dense networks and Fisher pruning",
         "arXiv:1801.05787",
-        "sec. 2.1",
+        "Fisher pruning",
     )
 
     def __post_init__(self):
