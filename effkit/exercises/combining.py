@@ -50,10 +50,10 @@ def layer_error_by_heart(weight, approximate, gram):
 
 LAYER_ERROR = Exercise(
     name="combining.layer_error",
-    prompt="""**One error for all.** A layer multiplies inputs x by `weight`, W, of shape (outputs, inputs); a technique has put
-`approximate`, W_hat, in its place. `gram` is the sum of x x^T over all inputs seen, of shape (inputs, inputs). Write
-`layer_error(weight, approximate, gram)`: the sum over all inputs of ||(W - W_hat) x||^2, a number. The inputs themselves
-are gone; you don't need them.""",
+    prompt="""**One error for all.** A layer multiplies inputs x by `weight`, W, of shape (outputs, inputs); a technique
+has put `approximate`, W_hat, in its place. `gram` is the sum of x x^T over all inputs seen, of shape (inputs, inputs).
+Write `layer_error(weight, approximate, gram)`: the sum over all inputs of ||(W - W_hat) x||^2, a number. The inputs
+themselves are gone; you don't need them.""",
     reference=layer_error,
     checks=(
         checks.not_the_librarys_own("layer_error"),
@@ -112,9 +112,9 @@ def interaction_by_heart(unchanged, first, second, both):
 
 INTERACTION = Exercise(
     name="combining.interaction",
-    prompt="""**Together and apart.** Four losses of one model: `unchanged`, after the `first` technique alone, after the
-`second` alone, and after `both` in this order. Write `interaction(unchanged, first, second, both)`: how much more `both`
-adds to the loss than the two add one by one. Zero says that they don't know of each other.""",
+    prompt="""**Together and apart.** Four losses of one model: `unchanged`, after the `first` technique alone, after
+the `second` alone, and after `both` in this order. Write `interaction(unchanged, first, second, both)`: how much more
+`both` adds to the loss than the two add one by one. Zero says that they don't know of each other.""",
     reference=interaction,
     checks=(
         checks.not_the_librarys_own("Pair"),

@@ -36,8 +36,14 @@ def never_negative(loss, given):
     return None
 
 
+def divergence(p: Tensor, q: Tensor, temperature: float) -> Tensor:
+    """KL between rows of logits: what several mistakes have in common."""
+    log_p, log_q = (p / temperature).log_softmax(-1), (q / temperature).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def forgets_t_squared(student, teacher, *, temperature):
-    return soft_loss(student, teacher, temperature=temperature) / temperature**2
+    return divergence(teacher, student, temperature).mean().item()
 
 
 def softens_the_student_alone(student, teacher, *, temperature):
@@ -46,11 +52,11 @@ def softens_the_student_alone(student, teacher, *, temperature):
 
 
 def swaps_the_two(student, teacher, *, temperature):
-    return soft_loss(teacher, student, temperature=temperature)
+    return temperature**2 * divergence(student, teacher, temperature).mean().item()
 
 
 def averages_over_classes_too(student, teacher, *, temperature):
-    return soft_loss(student, teacher, temperature=temperature) / student.shape[-1]
+    return temperature**2 * divergence(teacher, student, temperature).mean().item() / student.shape[-1]
 
 
 def cross_entropy_instead(student, teacher, *, temperature):
@@ -65,9 +71,9 @@ def soft_loss_by_heart(student, teacher, *, temperature):
 SOFT_LOSS = Exercise(
     name="distillation.soft_loss",
     prompt="""**The teacher's doubts as a loss.** `student` and `teacher` are logits, one row an image and one column a
-class. Write `soft_loss(student, teacher, temperature=...)`: divide both by the temperature T, make probabilities of them
-(q of the student, p of the teacher), take KL(p || q) = sum_i p_i log(p_i / q_i) of each row, average over the rows, and
-multiply by T^2. Return a number.""",
+class. Write `soft_loss(student, teacher, temperature=...)`: divide both by the temperature T, make probabilities of
+them (q of the student, p of the teacher), take KL(p || q) = sum_i p_i log(p_i / q_i) of each row, average over the rows,
+and multiply by T^2. Return a number.""",
     reference=soft_loss,
     checks=(
         checks.not_the_librarys_own("soft_loss", "forward_kl", "reverse_kl", "soften"),
@@ -78,11 +84,11 @@ multiply by T^2. Return a number.""",
         checks.input_unchanged(logits),
     ),
     hints=(
-        "A divergence is an expectation under the first distribution, here the teacher's, of a difference of logarithms.",
+        "A divergence is the mean, under the first distribution (here the teacher's), of a difference of logarithms.",
         "Both sides are softened by the same T; `log_softmax(-1)` gives logarithms without overflow.",
-        "`log_p = (teacher / temperature).log_softmax(-1)`, `log_q` likewise; `(log_p.exp() * (log_p - log_q)).sum(-1)`.",
+        "`log_p = (teacher / temperature).log_softmax(-1)`, `log_q` too; `(log_p.exp() * (log_p - log_q)).sum(-1)`.",
     ),
-    after="With T^2 the pull of the teacher keeps its strength when T changes, so that alpha and T can be chosen apart.",
+    after="With T^2 the teacher's pull keeps its strength when T changes, so that alpha and T can be chosen apart.",
     wrong=(
         (forgets_t_squared, "the right numbers"),
         (softens_the_student_alone, "zero for a copy"),
@@ -147,8 +153,8 @@ def pull_by_heart(student, teacher, *, temperature):
 PULL = Exercise(
     name="distillation.pull",
     prompt="""**How hard does the teacher pull?** For one image, `student` and `teacher` are vectors of logits. Write
-`pull(student, teacher, temperature=...)`: the gradient of T^2 KL(p || q) with respect to the student's logits, as a formula,
-without autograd. p and q are the softened probabilities of teacher and student.""",
+`pull(student, teacher, temperature=...)`: the gradient of T^2 KL(p || q) with respect to the student's logits, as a
+formula, without autograd. p and q are the softened probabilities of teacher and student.""",
     reference=pull,
     checks=(
         checks.not_the_librarys_own("backward", "grad", "soft_loss", "forward_kl"),
@@ -158,11 +164,11 @@ without autograd. p and q are the softened probabilities of teacher and student.
         checks.input_unchanged(answers),
     ),
     hints=(
-        "Only log q depends on the student, and the derivative of a log-softmax is an old friend: probability minus target.",
+        "Only log q depends on the student, and softmax with a logarithm is an old friend: probability minus target.",
         "d KL / d z_i = (q_i - p_i) / T: the 1 / T is the inner derivative of z / T. Then comes the factor T^2.",
         "`temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1))`.",
     ),
-    after="q - p shrinks like 1 / T, so T (q - p) tends to a limit: the difference of the logits over the number of classes.",
+    after="q - p shrinks like 1 / T, so T (q - p) has a limit: the gap of the logits over the number of classes.",
     wrong=(
         (forgets_the_factor, "the right numbers"),
         (points_uphill_and_down, "the right numbers"),
