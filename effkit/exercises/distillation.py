@@ -72,7 +72,7 @@ SOFT_LOSS = Exercise(
     name="distillation.soft_loss",
     prompt="""**The teacher's doubts as a loss.** `student` and `teacher` are logits, one row an image and one column a
 class. Write `soft_loss(student, teacher, temperature=...)`: divide both by the temperature T, make probabilities of
-them (q of the student, p of the teacher), take KL(p || q) = sum_i p_i log(p_i / q_i) of each row, average over the rows,
+them (q of the student, p of the teacher), take KL(p || q) = sum_i p_i log(p_i / q_i) of each row, average over all rows
 and multiply by T^2. Return a number.""",
     reference=soft_loss,
     checks=(
