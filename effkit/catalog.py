@@ -11,7 +11,16 @@ from effkit.core import recipe
 from effkit.core.technique import Technique
 
 #: the eight paradigms, in the order of the course
-PARADIGMS = ("quantization", "pruning", "distillation", "factorization", "compilation", "peft", "caching", "speculative")
+PARADIGMS = (
+    "quantization",
+    "pruning",
+    "distillation",
+    "factorization",
+    "compilation",
+    "peft",
+    "caching",
+    "speculative",
+)
 
 
 @cache
@@ -21,10 +30,17 @@ def techniques() -> dict[str, type[Technique]]:
     for package in ("core", "zoo", *PARADIGMS, "combining"):
         for module in _modules(f"effkit.{package}"):
             for name, kind in vars(module).items():
-                if not (inspect.isclass(kind) and issubclass(kind, Technique) and kind.__module__ == module.__name__ and _complete(kind)):
+                if not (
+                    inspect.isclass(kind)
+                    and issubclass(kind, Technique)
+                    and kind.__module__ == module.__name__
+                    and _complete(kind)
+                ):
                     continue
                 if name in found:
-                    raise ValueError(f"two techniques are called {name}: {found[name].__module__} and {module.__name__}; rename one")
+                    raise ValueError(
+                        f"two techniques are called {name}: {found[name].__module__} and {module.__name__}; rename one"
+                    )
                 found[name] = kind
     return found
 
@@ -55,4 +71,7 @@ def _modules(package: str) -> list[ModuleType]:
 
 def _complete(kind: type) -> bool:
     """False for the base classes that a technique is made from: they implement no rewrite_."""
-    return not inspect.isabstract(kind) and kind.__dict__.get("rewrite_", getattr(kind, "rewrite_")) is not Technique.rewrite_
+    return (
+        not inspect.isabstract(kind)
+        and kind.__dict__.get("rewrite_", kind.rewrite_) is not Technique.rewrite_
+    )

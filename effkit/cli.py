@@ -59,6 +59,23 @@ def fetch(
         typer.echo(f"{name} is at {bring(name, source)}")
 
 
+@app.command(rich_help_panel="Learn")
+def tour(
+    out: Annotated[Path, typer.Option(help="The folder for tour.json and tour.html.")] = Path("results"),
+    everything: Annotated[bool, typer.Option("--all", help="Every exhibit, not one a paradigm.")] = False,
+) -> None:
+    """All eight paradigms on the shipped models: one table, one verdict each."""
+    from effkit import tour as guide
+
+    with one_sentence(OSError, ValueError):
+        stops = guide.tour(everything=everything)
+        typer.echo(f"\n{guide.summary(stops)}\n")
+        for stop in stops:
+            typer.echo(f"{typer.style(stop.paradigm, bold=True)}: {stop.verdict}")
+        guide.write(stops, out)
+        typer.echo(f"\nThe same with a plot: {out / 'tour.html'}; as data: {out / 'tour.json'}")
+
+
 @app.command(rich_help_panel="Learn", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on work/, your own copies of the notebooks; further options go to JupyterLab."""

@@ -13,19 +13,39 @@ from effkit.zoo.vision import MLP, ResNet
 def language_task(vocab: int = 64) -> Task:
     ids = torch.randint(vocab, (1200,), generator=torch.Generator().manual_seed(1))
     windows = Windows(ids, length=16, size=8, shuffle=True).first(16)
-    return Task("tokens", example=(ids[None, :16],), train=windows, calib=windows, val=windows, test=windows, loss=language_loss, per_example=next_token_losses)
+    return Task(
+        "tokens",
+        example=(ids[None, :16],),
+        train=windows,
+        calib=windows,
+        val=windows,
+        test=windows,
+        loss=language_loss,
+        per_example=next_token_losses,
+    )
 
 
 def next_token_losses(model: nn.Module, data) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([torch.nn.functional.cross_entropy(model(x).transpose(1, 2), y, reduction="none").mean(1) for x, y in data])
+        return torch.cat(
+            [torch.nn.functional.cross_entropy(model(x).transpose(1, 2), y, reduction="none").mean(1) for x, y in data]
+        )
 
 
 def image_task(side: int = 28, channels: int = 1) -> Task:
     rng = torch.Generator().manual_seed(2)
     images, labels = torch.rand(48, channels, side, side, generator=rng), torch.randint(10, (48,), generator=rng)
     data = Batches(images, labels, size=16)
-    return Task("images", example=(images[:4],), train=data, calib=data, val=data, test=data, loss=classification_loss, per_example=correct)
+    return Task(
+        "images",
+        example=(images[:4],),
+        train=data,
+        calib=data,
+        val=data,
+        test=data,
+        loss=classification_loss,
+        per_example=correct,
+    )
 
 
 def gpt() -> nn.Module:

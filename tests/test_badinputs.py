@@ -107,7 +107,16 @@ class Tied(nn.Module):
 def tied_task() -> Task:
     ids = torch.arange(64).reshape(16, 4) % 10
     data = Batches(ids, (ids + 1) % 10, size=8)
-    return Task("tied", (ids[:2],), data, data, data, data, lambda y, b: nn.functional.cross_entropy(y.flatten(0, 1), b[1].flatten()), correct)
+    return Task(
+        "tied",
+        (ids[:2],),
+        data,
+        data,
+        data,
+        data,
+        lambda y, b: nn.functional.cross_entropy(y.flatten(0, 1), b[1].flatten()),
+        correct,
+    )
 
 
 @every
@@ -210,7 +219,12 @@ def test_08_extreme_activations_are_handled_or_named(name):
 def test_09_a_task_without_its_fields_is_refused_by_name_or_not_needed(name):
     technique = technique_of(name)
     _, model, task = subject_for(technique)
-    for empty in (Task(), dataclasses.replace(task, train=Batches(torch.zeros(0, 1), torch.zeros(0)), calib=Batches(torch.zeros(0, 1), torch.zeros(0)))):
+    for empty in (
+        Task(),
+        dataclasses.replace(
+            task, train=Batches(torch.zeros(0, 1), torch.zeros(0)), calib=Batches(torch.zeros(0, 1), torch.zeros(0))
+        ),
+    ):
         try:
             result = technique(model, empty)
         except ValueError as error:
@@ -239,7 +253,9 @@ def test_10_an_empty_batch_passes_through_the_result(name):
 
 
 @pytest.mark.parametrize("group_size", [1, -1, 0, 5, 7, 10_000])
-@pytest.mark.parametrize("name", sorted(n for n, k in TECHNIQUES.items() if "group_size" in {f.name for f in dataclasses.fields(k)}))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, k in TECHNIQUES.items() if "group_size" in {f.name for f in dataclasses.fields(k)})
+)
 def test_11_every_group_size_quantizes_every_weight(name, group_size):
     technique = technique_of(name, group_size=group_size)
     _, model, task = subject_for(technique)
@@ -248,7 +264,9 @@ def test_11_every_group_size_quantizes_every_weight(name, group_size):
     assert torch.isfinite(outputs(result, task)).all()
 
 
-@pytest.mark.parametrize("name", sorted(n for n, k in TECHNIQUES.items() if "sparsity" in {f.name for f in dataclasses.fields(k)}))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, k in TECHNIQUES.items() if "sparsity" in {f.name for f in dataclasses.fields(k)})
+)
 def test_12_at_least_one_of_everything_stays(name):
     technique = technique_of(name, sparsity=0.999)
     _, model, task = subject_for(technique)
@@ -361,9 +379,13 @@ def test_19_modes_and_statistics_stay(name):
 
 @every
 def test_15_attention_modules_that_bypass_their_children(name):
-    model = nn.Sequential(nn.Linear(12, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)).eval()
+    model = nn.Sequential(
+        nn.Linear(12, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 4)
+    ).eval()
     task = toy_task()
-    data = dataclasses.replace(task.train, inputs=task.train.inputs[:, None].repeat(1, 3, 1), targets=task.train.targets[:, None].repeat(1, 3))
+    data = dataclasses.replace(
+        task.train, inputs=task.train.inputs[:, None].repeat(1, 3, 1), targets=task.train.targets[:, None].repeat(1, 3)
+    )
     loss = lambda y, b: nn.functional.cross_entropy(y.flatten(0, 1), b[1].flatten())  # noqa: E731
     task = dataclasses.replace(task, example=(data.inputs[:4],), train=data, calib=data, val=data, test=data, loss=loss)
     result = handled(technique_of(name), model, task)
@@ -397,7 +419,9 @@ def test_22_a_compiled_model_is_unwrapped_and_the_log_says_so(name):
 # 24 to 27: names and files
 
 
-@pytest.mark.parametrize("name", sorted(n for n, k in TECHNIQUES.items() if "layers" in {f.name for f in dataclasses.fields(k)}))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, k in TECHNIQUES.items() if "layers" in {f.name for f in dataclasses.fields(k)})
+)
 def test_24_a_pattern_that_matches_nothing_lists_the_candidates(name):
     technique = technique_of(name, layers="no.such.*")
     if technique.layers != "no.such.*":
@@ -434,7 +458,13 @@ def test_26_parameters_without_numbers_are_refused(name, kind):
 
 
 def altered(data: bytes, how: str) -> bytes:
-    return {"cut": data[: len(data) // 2], "bit": data[:-5] + bytes([data[-5] ^ 1]) + data[-4:], "empty": b"", "pickle": b"\x80\x04cos\nsystem\n", "schema": data.replace(b'\\"schema\\":1', b'\\"schema\\":7')}[how]
+    return {
+        "cut": data[: len(data) // 2],
+        "bit": data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
+        "empty": b"",
+        "pickle": b"\x80\x04cos\nsystem\n",
+        "schema": data.replace(b'\\"schema\\":1', b'\\"schema\\":7'),
+    }[how]
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "empty", "pickle", "schema"])

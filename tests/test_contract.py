@@ -59,7 +59,14 @@ def test_is_a_frozen_dataclass_with_a_paper_and_no_stray_settings(name):
     assert is_dataclass(kind) and kind.__dataclass_params__.frozen
     assert str(kind.paper)
     allowed = {"needs", "breaks", "gives", "paper", *(f.name for f in fields(kind))}
-    stray = [k for k, v in vars(kind).items() if not k.startswith("_") and k not in allowed and not callable(v) and not isinstance(v, property | classmethod | staticmethod)]
+    stray = [
+        k
+        for k, v in vars(kind).items()
+        if not k.startswith("_")
+        and k not in allowed
+        and not callable(v)
+        and not isinstance(v, property | classmethod | staticmethod)
+    ]
     assert not stray, f"{name}: {stray} has no annotation, so it is silently no field"
 
 
@@ -72,7 +79,9 @@ def test_leaves_its_input_alone(name):
     state = torch.get_rng_state()
     technique(model, task)
     assert torch.equal(state, torch.get_rng_state()), "the global random state moved"
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and len(before) == len(model.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and len(before) == len(
+        model.state_dict()
+    )
     assert modes == [m.training for m in model.modules()] and kinds == [type(m) for m in model.modules()]
 
 
@@ -154,7 +163,11 @@ def test_files_open_in_a_fresh_process(tmp_path):
             skip_reason = str(error)
             _skips.setdefault("files", set()).add(f"{name}: {skip_reason}")
             continue
-        wanted[name] = (task.example[0].tolist(), outputs(result, task).double().sum().item(), outputs(result, task).double().abs().max().item())
+        wanted[name] = (
+            task.example[0].tolist(),
+            outputs(result, task).double().sum().item(),
+            outputs(result, task).double().abs().max().item(),
+        )
     (tmp_path / "wanted.json").write_text(json.dumps(wanted))
     code = """
 import json, sys, pathlib, torch, effkit
@@ -181,11 +194,11 @@ def test_file_gives_the_same_outputs(name, tmp_path):
     opened = load(tmp_path / "model.safetensors")
     assert torch.equal(outputs(opened, task), outputs(result, task))
     assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in result.parameters())
-    assert [n for n, p in opened.named_parameters() if p.requires_grad] == [n for n, p in result.named_parameters() if p.requires_grad]
+    assert [n for n, p in opened.named_parameters() if p.requires_grad] == [
+        n for n, p in result.named_parameters() if p.requires_grad
+    ]
 
 
 def test_no_law_skips_more_than_half():
     for law, names in _skips.items():
         assert len(names) <= len(TECHNIQUES) / 2, f"{law} is skipped by {sorted(names)}"
-
-

@@ -42,7 +42,11 @@ def numbers(module: nn.Module) -> dict:
     if hasattr(module, "numbers"):
         return module.numbers()
     kind = parametrize.type_before_parametrizations(module)
-    names = [n for n in inspect.signature(kind).parameters if n not in ("device", "dtype", "inplace") and not n.startswith("_")]
+    names = [
+        n
+        for n in inspect.signature(kind).parameters
+        if n not in ("device", "dtype", "inplace") and not n.startswith("_")
+    ]
     values = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return {n: v is not None if isinstance(v, Tensor) or n == "bias" else v for n, v in values.items()}
 
@@ -87,7 +91,10 @@ def describe(model: nn.Module) -> dict[str, list]:
         if kind in (nn.Sequential, nn.ModuleList):
             result[path] = [kind.__name__, list(module._modules), {}]
         elif KINDS.get(kind.__name__) is kind and "parametrizations" not in path:
-            held = {n: [[type(p).__name__, numbers(p)] for p in plist] for n, plist in getattr(module, "parametrizations", {}).items()}
+            held = {
+                n: [[type(p).__name__, numbers(p)] for p in plist]
+                for n, plist in getattr(module, "parametrizations", {}).items()
+            }
             result[path] = [kind.__name__, numbers(module), held]
     return result
 
@@ -97,7 +104,9 @@ def _build_root(header: dict, base: nn.Module | None) -> nn.Module:
     if spec is not None:
         return _make(spec)
     if base is None:
-        raise ValueError(f"this file holds a {header['root']}, a class effkit does not know; pass base={header['root']}(...), freshly built")
+        raise ValueError(
+            f"this file holds a {header['root']}, a class effkit does not know; pass base={header['root']}(...), freshly built"
+        )
     return base.to("meta")
 
 
@@ -109,7 +118,9 @@ def _make(spec: list) -> nn.Module:
             made.add_module(name, nn.Identity())
         return made
     if kind not in KINDS:
-        raise ValueError(f"no kind of module called {kind!r} in this version of effkit; it knows {', '.join(sorted(KINDS))}")
+        raise ValueError(
+            f"no kind of module called {kind!r} in this version of effkit; it knows {', '.join(sorted(KINDS))}"
+        )
     module = KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in details.items()})
     for name, specs in held.items():
         for parametrization in specs:
@@ -155,7 +166,9 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or make it again") from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         found = header.get("schema") if isinstance(header, dict) else "no effkit header"
-        raise ValueError(f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save")
+        raise ValueError(
+            f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save"
+        )
     if header.pop("sha256", None) != _digest(header, tensors):
         raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; fetch or make it again")
     return header, tensors
@@ -173,7 +186,9 @@ def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
     if missing or unexpected:
-        raise ValueError(f"the file does not fit the model: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; was base built with other sizes?")
+        raise ValueError(
+            f"the file does not fit the model: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; was base built with other sizes?"
+        )
 
 
 def _tie(model: nn.Module, alias: str, original: str) -> None:

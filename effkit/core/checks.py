@@ -11,7 +11,9 @@ def require_int(name: str, value: object, low: int, high: int | None = None, *, 
         raise ValueError(f"{name} must be {allowed}, got {value!r}{_tail(hint)}")
 
 
-def require_float(name: str, value: object, low: float, high: float | None = None, *, open_low=False, open_high=False, hint: str = "") -> None:
+def require_float(
+    name: str, value: object, low: float, high: float | None = None, *, open_low=False, open_high=False, hint: str = ""
+) -> None:
     """Raises ValueError unless value is a finite number in the interval; open ends exclude their bound."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     inside = number and (value > low if open_low else value >= low)  # type: ignore[operator]
@@ -19,7 +21,9 @@ def require_float(name: str, value: object, low: float, high: float | None = Non
         inside = value < high if open_high else value <= high  # type: ignore[operator]
     if not inside or value == float("inf"):
         left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
-        raise ValueError(f"{name} must be a number in {left}{low}, {'inf' if high is None else high}{right}, got {value!r}{_tail(hint)}")
+        raise ValueError(
+            f"{name} must be a number in {left}{low}, {'inf' if high is None else high}{right}, got {value!r}{_tail(hint)}"
+        )
 
 
 def require_choice(name: str, value: object, choices, *, hint: str = "") -> None:

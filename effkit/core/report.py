@@ -38,7 +38,9 @@ class Reading:
 
     def __truediv__(self, other: "Reading | float") -> "Reading":
         b, same = _value(other), isinstance(other, Reading) and other.unit == self.unit
-        return self._combine(other, self.value / b, "x" if same else self._unit_with(other, "/"), 1 / b, -self.value / b**2)
+        return self._combine(
+            other, self.value / b, "x" if same else self._unit_with(other, "/"), 1 / b, -self.value / b**2
+        )
 
     def __mul__(self, other: "Reading | float") -> "Reading":
         return self._combine(other, self.value * _value(other), self._unit_with(other, "*"), _value(other), self.value)
@@ -60,7 +62,9 @@ class Reading:
     def _combine(self, other, value: float, unit: str, by_self: float, by_other: float) -> "Reading":
         """by_self, by_other: derivatives of the value. `better` survives where like meets like: sums, differences, ratios."""
         if not isinstance(other, Reading):
-            return replace(self, value=value, unit=unit, spread=None if self.spread is None else abs(by_self) * self.spread)
+            return replace(
+                self, value=value, unit=unit, spread=None if self.spread is None else abs(by_self) * self.spread
+            )
         spreads = [slope * r.spread for r, slope in ((self, by_self), (other, by_other)) if r.spread is not None]
         weakest = min(self.provenance, other.provenance, key=PROVENANCES.index)
         alike = self.unit == other.unit and other.better in ("", self.better) and unit in (self.unit, "x")
@@ -69,7 +73,12 @@ class Reading:
     @property
     def unsteady(self) -> bool:
         """True where the spread exceeds a tenth of the value: measure again before believing."""
-        return self.spread is not None and self.provenance == "measured" and self.unit == "s" and self.spread > 0.1 * abs(self.value)
+        return (
+            self.spread is not None
+            and self.provenance == "measured"
+            and self.unit == "s"
+            and self.spread > 0.1 * abs(self.value)
+        )
 
     def to_json(self) -> dict:
         return {"value": self.value, "unit": self.unit, "provenance": self.provenance, "spread": self.spread}
@@ -79,7 +88,11 @@ class Reading:
         text = _digits(self.value / scale)
         if self.spread is not None:
             text += f" ±{_digits(self.spread / scale)}"
-        return ("~" if self.provenance == "estimated" else "") + f"{text} {unit}".rstrip() + (" (!)" if self.unsteady else "")
+        return (
+            ("~" if self.provenance == "estimated" else "")
+            + f"{text} {unit}".rstrip()
+            + (" (!)" if self.unsteady else "")
+        )
 
 
 def _value(other) -> float:
@@ -126,7 +139,11 @@ class Report:
         return iter(self.readings)
 
     def to_json(self) -> dict:
-        return {"name": self.name, "workload": self.workload, "readings": {k: r.to_json() for k, r in self.readings.items()}}
+        return {
+            "name": self.name,
+            "workload": self.workload,
+            "readings": {k: r.to_json() for k, r in self.readings.items()},
+        }
 
     def __str__(self) -> str:
         return str(Table([self]))
@@ -164,7 +181,9 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """Header and rows as text; a reading that a row lacks is a dash."""
-        rows = [[report.name, *(str(report[c]) if c in report else "-" for c in self.columns)] for report in self.reports]
+        rows = [
+            [report.name, *(str(report[c]) if c in report else "-" for c in self.columns)] for report in self.reports
+        ]
         return [["", *self.columns], *rows]
 
     def to_json(self) -> str:
@@ -180,13 +199,20 @@ class Table:
         marks = [f"workload: {w}" for w in dict.fromkeys(r.workload for r in self.reports) if w]
         marks += ["~ estimated"] if any(r.provenance == "estimated" for r in readings) else []
         marks += ["± spread"] if any(r.spread is not None for r in readings) else []
-        marks += ["(!) spread over 10 % of the median: the machine was busy"] if any(r.unsteady for r in readings) else []
+        marks += (
+            ["(!) spread over 10 % of the median: the machine was busy"] if any(r.unsteady for r in readings) else []
+        )
         return "; ".join(marks)
 
     def _repr_html_(self) -> str:
         head, *rows = self.cells()
         th = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in head)
-        body = "".join(f"<tr><th scope='row'>{html.escape(r[0])}</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in r[1:]) + "</tr>" for r in rows)
+        body = "".join(
+            f"<tr><th scope='row'>{html.escape(r[0])}</th>"
+            + "".join(f"<td>{html.escape(c)}</td>" for c in r[1:])
+            + "</tr>"
+            for r in rows
+        )
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         return f"<table>{caption}<thead><tr>{th}</tr></thead><tbody>{body}</tbody></table><p><small>{html.escape(self.footnote())}</small></p>"
 
@@ -194,4 +220,7 @@ class Table:
 def _aligned(rows: Iterable[list[str]]) -> list[str]:
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effkit.core.technique import Technique
+from effkit.core.technique import Identity, Technique
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,15 @@ class Exhibit:
     model      a name that zoo.load knows
     technique  made when needed, since some need other models
     work       "forward", "decode" or "train": which of measure's workloads says whether it pays
-    batch      rows of the forward pass, or prompts
+    batch      rows of the forward pass or of the training step
+    baseline   what it is compared with; the unchanged model unless a chapter says otherwise
     """
 
     model: str
     technique: Callable[[], Technique]
     work: str = "forward"
     batch: int = 1
+    baseline: Callable[[], Technique] = Identity
 
 
 @dataclass(frozen=True)

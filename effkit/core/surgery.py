@@ -83,7 +83,9 @@ def find(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> 
     chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, layers)]
     if not chosen:
         names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
-        raise ValueError(f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can rewrite; candidates: {names}")
+        raise ValueError(
+            f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can rewrite; candidates: {names}"
+        )
     kept = []
     for path, module in chosen:
         if reason := _must_stay(model, path, module):
@@ -91,7 +93,10 @@ def find(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> 
         else:
             kept.append((path, module))
     if not kept:
-        raise ValueError(f"{by or 'the technique'}: every layer that matches {layers!r} must be left alone: " + "; ".join(map(str, log(model)[-len(chosen) :])))
+        raise ValueError(
+            f"{by or 'the technique'}: every layer that matches {layers!r} must be left alone: "
+            + "; ".join(map(str, log(model)[-len(chosen) :]))
+        )
     return kept
 
 
@@ -114,7 +119,9 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
-def swap(model: nn.Module, match: Match, build: Callable[[nn.Module], nn.Module | None], *, layers: str = "*", by: str = "") -> nn.Module:
+def swap(
+    model: nn.Module, match: Match, build: Callable[[nn.Module], nn.Module | None], *, layers: str = "*", by: str = ""
+) -> nn.Module:
     """Replaces every layer that `find` yields by `build(layer)`; None leaves it alone. Returns the model (a new root,
     where the model is itself the layer). Hooks, mode and requires_grad carry over; a layer used twice is replaced once."""
     built = {}

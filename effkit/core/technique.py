@@ -47,7 +47,9 @@ class Trait:
 
 
 #: what every technique needs: rewriting layers whose graph has already been compiled would change nothing that runs
-EAGER = Trait("an eager model", lambda model: not any(getattr(module, "runs_a_graph", False) for module in model.modules()))
+EAGER = Trait(
+    "an eager model", lambda model: not any(getattr(module, "runs_a_graph", False) for module in model.modules())
+)
 
 
 class Technique:
@@ -71,7 +73,9 @@ class Technique:
         """Raises ValueError when the model lacks a trait that this technique needs."""
         for trait in sorted(self.needs | {EAGER}, key=lambda t: t.name):
             if not trait.holds(model):
-                raise ValueError(f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it")
+                raise ValueError(
+                    f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it"
+                )
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         """Changes the model in place where it can and returns it, or returns another."""
@@ -107,13 +111,15 @@ class Pipeline(Technique):
         object.__setattr__(self, "steps", tuple(self.steps))
         for step in self.steps:
             if not isinstance(step, Technique):
-                raise ValueError(f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))")
+                raise ValueError(
+                    f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))"
+                )
         broken: dict[Trait, Technique] = {}
         for step in self.steps:
             for trait in (step.needs | {EAGER}) & broken.keys():
                 later, first = type(step).__name__, type(broken[trait]).__name__
                 raise ValueError(f"{later} needs {trait.name}, which {first} removes; put {later} first")
-            broken = {t: s for t, s in broken.items() if t not in step.gives} | {t: step for t in step.breaks}
+            broken = {t: s for t, s in broken.items() if t not in step.gives} | dict.fromkeys(step.breaks, step)
 
     @property
     def needs(self) -> frozenset[Trait]:  # type: ignore[override]
@@ -165,7 +171,9 @@ def check_weights(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(f"parameter {name} is on the meta device and holds no numbers: load a checkpoint first")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"parameter {name} holds NaN or infinity: only finite weights are allowed; retrain, or clean it with torch.nan_to_num")
+            raise ValueError(
+                f"parameter {name} holds NaN or infinity: only finite weights are allowed; retrain, or clean it with torch.nan_to_num"
+            )
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -177,14 +185,16 @@ def clone(model: nn.Module) -> nn.Module:
             for name, value in vars(module).items():
                 if name not in ("_modules", "_parameters") and not _copies(value):
                     where = f"{path}.{name}".lstrip(".")
-                    raise ValueError(f"the model cannot be copied because of its attribute {where} ({type(value).__name__}); remove it, or set it after the technique") from error
+                    raise ValueError(
+                        f"the model cannot be copied because of its attribute {where} ({type(value).__name__}); remove it, or set it after the technique"
+                    ) from error
         raise
 
 
 def _copies(value: object) -> bool:
     try:
         copy.deepcopy(value)
-    except Exception:  # whatever it is, it is what we are looking for
+    except Exception:  # noqa: BLE001 (whatever it is, it is what we are looking for)
         return False
     return True
 

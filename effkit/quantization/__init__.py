@@ -14,4 +14,7 @@ from effkit.quantization.qat import QAT
 
 __all__ = ["QAT", "RTN", "SHOWCASE", "W8A8"]
 
-SHOWCASE = Showcase("quantization", (Exhibit("gpt-small", lambda: RTN(bits=4, group_size=32), work="decode"), Exhibit("mlp", W8A8, batch=64)))
+SHOWCASE = Showcase(
+    "quantization",
+    (Exhibit("gpt-small", lambda: RTN(bits=4, group_size=32), work="decode"), Exhibit("mlp", W8A8, batch=64)),
+)

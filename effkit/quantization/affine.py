@@ -34,7 +34,9 @@ def ungrouped(g: Float[Tensor, "rows groups size"], shape: tuple[int, int]) -> F
     return g.reshape(shape) if g.shape[:2] == (1, 1) else g.flatten(1)[:, : shape[1]]
 
 
-def grid(low: Float[Tensor, "*g 1"], high: Float[Tensor, "*g 1"], *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def grid(
+    low: Float[Tensor, "*g 1"], high: Float[Tensor, "*g 1"], *, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a grid that covers [low, high] and 0. A group of zeros gets scale 1.
 
     Returns scale (bfloat16 values) and zero_point (a code in 0 ... 2^bits - 1), both float32 of shape (*g, 1)."""
@@ -56,12 +58,16 @@ def storable(scale: Float[Tensor, "*g 1"]) -> Float[Tensor, "*g 1"]:
     return torch.where(short.float() < scale, torch.nextafter(short, short.new_tensor(torch.inf)), short).float()
 
 
-def quantize(x: Float[Tensor, "*g n"], scale: Float[Tensor, "*g 1"], zero_point: Float[Tensor, "*g 1"], *, bits: int) -> UInt8[Tensor, "*g n"]:
+def quantize(
+    x: Float[Tensor, "*g n"], scale: Float[Tensor, "*g 1"], zero_point: Float[Tensor, "*g 1"], *, bits: int
+) -> UInt8[Tensor, "*g n"]:
     """q = clamp(round(x / scale) + zero_point); ties to even, as everywhere in IEEE arithmetic."""
     return ((x.float() / scale).round() + zero_point).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
-def dequantize(q: UInt8[Tensor, "*g n"], scale: Float[Tensor, "*g 1"], zero_point: Float[Tensor, "*g 1"]) -> Float[Tensor, "*g n"]:
+def dequantize(
+    q: UInt8[Tensor, "*g n"], scale: Float[Tensor, "*g 1"], zero_point: Float[Tensor, "*g 1"]
+) -> Float[Tensor, "*g n"]:
     """x ~ scale * (q - zero_point)."""
     return scale * (q.float() - zero_point)
 

@@ -32,7 +32,9 @@ def to_int8(x: Float[Tensor, "rows n"]) -> tuple[Int8[Tensor, "rows n"], Float[T
     return (x / scale).round().to(torch.int8), scale
 
 
-def int8_product(x: Float[Tensor, "rows n"], q_w: Int8[Tensor, "out n"], s_w: Float[Tensor, "1 out"]) -> Float[Tensor, "rows out"]:
+def int8_product(
+    x: Float[Tensor, "rows n"], q_w: Int8[Tensor, "out n"], s_w: Float[Tensor, "1 out"]
+) -> Float[Tensor, "rows out"]:
     """y = (q_x q_w^T) s_x s_w."""
     q_x, s_x = to_int8(x)
     return integer_matmul(q_x, q_w).to(s_x.dtype).mul_(s_x).mul_(s_w)
@@ -59,7 +61,9 @@ class Int8Linear(nn.Module):
     @classmethod
     def from_float(cls, layer: nn.Linear) -> "Int8Linear":
         if layer.in_features > _MOST_INPUTS:
-            raise ValueError(f"a layer of {layer.in_features} inputs could overflow int32; at most {_MOST_INPUTS} are allowed: leave it out with `layers`")
+            raise ValueError(
+                f"a layer of {layer.in_features} inputs could overflow int32; at most {_MOST_INPUTS} are allowed: leave it out with `layers`"
+            )
         new = cls(layer.in_features, layer.out_features, layer.bias is not None)
         codes, scale = to_int8(layer.weight.detach())
         new.codes, new.scale, new.bias = codes, scale.t().contiguous(), layer.bias
@@ -82,7 +86,13 @@ class W8A8(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper("Dettmers et al.", 2022, "LLM.int8(): 8-bit matrix multiplication for transformers at scale", "arXiv:2208.07339", "eq. 3")
+    paper = Paper(
+        "Dettmers et al.",
+        2022,
+        "LLM.int8(): 8-bit matrix multiplication for transformers at scale",
+        "arXiv:2208.07339",
+        "eq. 3",
+    )
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return swap(model, nn.Linear, lambda layer: Int8Linear.from_float(bake(layer)), layers=self.layers, by="W8A8")

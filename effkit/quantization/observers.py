@@ -20,7 +20,9 @@ def min_max(x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False) -> 
     return grid(x.amin(-1, keepdim=True).float(), x.amax(-1, keepdim=True).float(), bits=bits, symmetric=symmetric)
 
 
-def least_squares(x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False, shrinks: int = 20, rounds: int = 3) -> Grid:
+def least_squares(
+    x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False, shrinks: int = 20, rounds: int = 3
+) -> Grid:
     """The grid with the least sum of squared errors among clipped ranges, each refined by the best scale for its codes.
 
     shrinks   clipped ranges tried, from the whole range down to 30 % of it

@@ -45,7 +45,9 @@ class PackedWeight(nn.Module):
         self.register_buffer("zero_point", None if symmetric else torch.zeros(groups, dtype=torch.uint8))
 
     @classmethod
-    def from_float(cls, weight: Float[Tensor, "rows n"], *, bits: int, group_size: int, symmetric: bool, search: str) -> "PackedWeight":
+    def from_float(
+        cls, weight: Float[Tensor, "rows n"], *, bits: int, group_size: int, symmetric: bool, search: str
+    ) -> "PackedWeight":
         new = cls(tuple(weight.shape), bits, group_size, symmetric).to(weight.device)
         groups = grouped(weight.detach().float(), group_size)
         scale, zero_point = OBSERVERS[search](groups, bits=bits, symmetric=symmetric)
@@ -102,7 +104,17 @@ class QuantizedLinear(nn.Module):
 class QuantizedConv2d(nn.Module):
     """A convolution with packed filters; one row of the packed matrix is one filter."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple, stride: tuple, padding: tuple | str, dilation: tuple, groups: int, bias: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple,
+        stride: tuple,
+        padding: tuple | str,
+        dilation: tuple,
+        groups: int,
+        bias: bool,
+    ):
         super().__init__()
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
@@ -111,7 +123,16 @@ class QuantizedConv2d(nn.Module):
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d, **settings) -> "QuantizedConv2d":
-        new = cls(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.bias is not None)
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+        )
         new.weight_store = PackedWeight.from_float(layer.weight.flatten(1), **settings)
         new.bias = layer.bias
         return new
@@ -138,10 +159,18 @@ class RTN(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper("Jacob et al.", 2017, "Quantization and training of neural networks for efficient integer-arithmetic-only inference", "arXiv:1712.05877", "eq. 1")
+    paper = Paper(
+        "Jacob et al.",
+        2017,
+        "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
+        "arXiv:1712.05877",
+        "eq. 1",
+    )
 
     def __post_init__(self):
-        require_int("bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16")
+        require_int(
+            "bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16"
+        )
         require_int("group_size", self.group_size, -1, hint="-1 is a whole row, 0 the whole tensor")
         require_choice("search", self.search, tuple(OBSERVERS))
 
@@ -150,7 +179,9 @@ class RTN(Technique):
 
     def replacement(self, layer: nn.Module) -> nn.Module:
         kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-        return kind.from_float(bake(layer), bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, search=self.search)  # type: ignore[attr-defined]
+        return kind.from_float(
+            bake(layer), bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, search=self.search
+        )  # type: ignore[attr-defined]
 
     def claim(self, model: nn.Module) -> Reading:
         """Bits per weight of the quantized layers, scales and zero points included."""

@@ -25,7 +25,9 @@ from effkit.quantization.observers import min_max
 from effkit.quantization.packed import RTN
 
 
-def fake_quantize(w: Float[Tensor, "rows n"], *, bits: int, group_size: int, symmetric: bool) -> Float[Tensor, "rows n"]:
+def fake_quantize(
+    w: Float[Tensor, "rows n"], *, bits: int, group_size: int, symmetric: bool
+) -> Float[Tensor, "rows n"]:
     """The nearest grid point, with the gradient of the identity: w + stop_gradient(w_hat - w)."""
     groups = grouped(w.detach().float(), group_size)
     scale, zero_point = min_max(groups, bits=bits, symmetric=symmetric)
@@ -57,7 +59,13 @@ class QAT(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper("Bengio et al.", 2013, "Estimating or propagating gradients through stochastic neurons", "arXiv:1308.3432", "sec. 4")
+    paper = Paper(
+        "Bengio et al.",
+        2013,
+        "Estimating or propagating gradients through stochastic neurons",
+        "arXiv:1308.3432",
+        "sec. 4",
+    )
 
     def __post_init__(self):
         self.rounding()
@@ -72,7 +80,9 @@ class QAT(Technique):
         task.require("train", "loss", by=self)
         trained = [bake(layer) for _, layer in find(model, (nn.Linear, nn.Conv2d), layers=self.layers, by="QAT")]
         for layer in trained:
-            parametrize.register_parametrization(layer, "weight", FakeQuantize(self.bits, self.group_size, self.symmetric))
+            parametrize.register_parametrization(
+                layer, "weight", FakeQuantize(self.bits, self.group_size, self.symmetric)
+            )
         fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label="QAT")  # type: ignore[arg-type]
         for layer in trained:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)

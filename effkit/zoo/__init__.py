@@ -35,7 +35,9 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Task
         raise ValueError(f"no model {name!r}; there are {', '.join(names())}")
     path = data_dir() / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run from a checkout of effkit, set EFFKIT_DATA to its data folder, or make it: effkit train {name}")
+        raise FileNotFoundError(
+            f"{path} is missing: run from a checkout of effkit, set EFFKIT_DATA to its data folder, or make it: effkit train {name}"
+        )
     return load_file(path).to(dtype), _TASKS[name]()
 
 
@@ -47,7 +49,9 @@ def tokenizer(name: str):
 def smollm2_file():
     path = where("smollm2")
     if path is None:
-        raise FileNotFoundError("smollm2 has not been fetched: run `effkit fetch smollm2` (98 MB) where there is a network")
+        raise FileNotFoundError(
+            "smollm2 has not been fetched: run `effkit fetch smollm2` (98 MB) where there is a network"
+        )
     return read_gguf(path)
 
 
@@ -82,4 +86,9 @@ def mnist_task() -> Task:
     return classification("mnist", mnist())
 
 
-_TASKS: dict[str, Callable[[], Task]] = {"mlp": mnist_task, "lenet-300-100": mnist_task, "resnet": mnist_task, "gpt-small": stdlib_task}
+_TASKS: dict[str, Callable[[], Task]] = {
+    "mlp": mnist_task,
+    "lenet-300-100": mnist_task,
+    "resnet": mnist_task,
+    "gpt-small": stdlib_task,
+}

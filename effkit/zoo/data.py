@@ -15,7 +15,17 @@ from torch.nn import functional as F
 
 from effkit.core.task import Batch, Batches
 
-_LEFT_OUT = {"test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "encodings",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 Split = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -65,7 +75,8 @@ def stdlib_files() -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"no Python source under {root}: this installation comes without the standard library's sources; "
-            "install them (Debian: python3 with libpython3-stdlib; or use python.org, conda or uv's Python). Everything but the language models' data still works"
+            "install them (Debian: python3 with libpython3-stdlib; or use python.org, conda or uv's Python). "
+            "Everything but the language models' data still works"
         )
     return files
 
@@ -142,7 +153,9 @@ class Jittered(Batches):
     def at(self, step: int) -> Batch:
         images, labels = super().at(step)
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        turn, scale, dx, dy = (torch.rand(4, len(images), generator=rng) * 2 - 1) * torch.tensor([[0.17], [0.1], [0.14], [0.14]])
+        turn, scale, dx, dy = (torch.rand(4, len(images), generator=rng) * 2 - 1) * torch.tensor(
+            [[0.17], [0.1], [0.14], [0.14]]
+        )
         cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
         theta = torch.stack((torch.stack((cos, -sin, dx), -1), torch.stack((sin, cos, dy), -1)), 1)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)

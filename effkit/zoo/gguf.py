@@ -25,7 +25,9 @@ def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
     """Model in float32 and tokenizer. Raises ValueError for another architecture."""
     reader = gguf.GGUFReader(str(path))
     if field(reader, "general.architecture") != "llama":
-        raise ValueError(f"{path} holds the architecture {field(reader, 'general.architecture')!r}; only 'llama' is read here")
+        raise ValueError(
+            f"{path} holds the architecture {field(reader, 'general.architecture')!r}; only 'llama' is read here"
+        )
     heads, kv_heads = field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")
     weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     with torch.device("meta"):
@@ -78,8 +80,16 @@ def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     merges = [tuple(m.split(" ")) for m in field(reader, "tokenizer.ggml.merges")]
     made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False))
     # SmolLM's pre-tokenizer splits single digits, then words as GPT-2 does
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     made.decoder = decoders.ByteLevel()
     control = int(gguf.TokenType.CONTROL)
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == control])
+    made.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ]
+    )
     return made

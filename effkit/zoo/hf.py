@@ -72,14 +72,20 @@ def to_hf(gpt: "GPT") -> nn.Module:
 def _translate(name: str, back: bool = False) -> str:
     for theirs, ours in _NAMES.items():
         old, new = (ours, theirs) if back else (theirs, ours)
-        name = new + name[len(old) :] if name.startswith(old) else name.replace(old, new) if old.startswith(".") else name
+        name = (
+            new + name[len(old) :] if name.startswith(old) else name.replace(old, new) if old.startswith(".") else name
+        )
     return name
 
 
 def _rope(config) -> dict:
     """transformers 5 keeps rope settings in `rope_parameters`, 4 in two fields."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", 10_000.0), **(getattr(config, "rope_scaling", None) or {}), **parameters}
+    return {
+        "rope_theta": getattr(config, "rope_theta", 10_000.0),
+        **(getattr(config, "rope_scaling", None) or {}),
+        **parameters,
+    }
 
 
 def _refuse(config) -> None:
@@ -91,6 +97,6 @@ def _refuse(config) -> None:
     }
     for name, (value, allowed) in problems.items():
         if value != allowed:
-            raise ValueError(f"{name} is {value!r}, and GPT computes only {allowed!r}: choose a Llama-family checkpoint without it")
-
-
+            raise ValueError(
+                f"{name} is {value!r}, and GPT computes only {allowed!r}: choose a Llama-family checkpoint without it"
+            )

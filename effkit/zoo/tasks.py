@@ -39,12 +39,16 @@ def correct(model: nn.Module, data: Batches) -> Float[Tensor, " n"]:
     return torch.cat([(model(x).argmax(-1) == y).float() for x, y in data])
 
 
-def language(name: str, tokenizer: Tokenizer, streams: dict[str, Int[Tensor, " tokens"]], *, length: int = 256, size: int = 16) -> Task:
+def language(
+    name: str, tokenizer: Tokenizer, streams: dict[str, Int[Tensor, " tokens"]], *, length: int = 256, size: int = 16
+) -> Task:
     """Windows of `length` tokens; scored in bits per byte, which does not depend on the tokenizer.
 
     streams   train, calib, val, test -> token ids; a missing one leaves its field empty
     """
-    windows = {key: Windows(ids, length=length, size=size, shuffle=key in ("train", "calib")) for key, ids in streams.items()}
+    windows = {
+        key: Windows(ids, length=length, size=size, shuffle=key in ("train", "calib")) for key, ids in streams.items()
+    }
     return Task(
         name,
         example=(streams["val"][None, :64],),

@@ -20,7 +20,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Tokenize
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
     made.train_from_iterator(texts, trainer)
     return made
 
@@ -33,7 +35,9 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def shipped_tokenizer() -> Tokenizer:
     path = data_dir() / "tokenizer.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run from a checkout of effkit, or set EFFKIT_DATA to its data folder")
+        raise FileNotFoundError(
+            f"{path} is missing: run from a checkout of effkit, or set EFFKIT_DATA to its data folder"
+        )
     return Tokenizer.from_file(str(path))
 
 

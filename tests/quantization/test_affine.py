@@ -107,7 +107,9 @@ def test_a_stored_scale_is_never_below_the_exact_one(w):
 
 def test_rounding_scales_down_would_be_caught(monkeypatch):
     """Planted: scales rounded to nearest leave the largest weights off the grid."""
-    monkeypatch.setattr(affine, "storable", lambda s: torch.where(s > 0, s, 1.0).to(torch.bfloat16).float() * (1 - 2**-8))
+    monkeypatch.setattr(
+        affine, "storable", lambda s: torch.where(s > 0, s, 1.0).to(torch.bfloat16).float() * (1 - 2**-8)
+    )
     with pytest.raises(AssertionError):
         test_error_is_at_most_half_a_step()
 
@@ -127,4 +129,8 @@ def test_equals_torchao(bits, symmetric):
     ours = ungrouped(quantize(groups, scale, zero_point, bits=bits), (16, 64))
     assert torch.equal(ours, theirs)
     back = dequantize_affine(theirs, *args, torch.uint8, 0, 2**bits - 1, output_dtype=torch.float32)
-    assert torch.allclose(back, ungrouped(dequantize(quantize(groups, scale, zero_point, bits=bits), scale, zero_point), (16, 64)), atol=1e-6)
+    assert torch.allclose(
+        back,
+        ungrouped(dequantize(quantize(groups, scale, zero_point, bits=bits), scale, zero_point), (16, 64)),
+        atol=1e-6,
+    )

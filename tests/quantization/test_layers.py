@@ -27,14 +27,19 @@ sizes = st.integers(1, 100)
 def test_packed_and_simulated_agree(rows, columns, bits, group_size, symmetric):
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 101 + columns))
     packed = PackedWeight.from_float(w, bits=bits, group_size=group_size, symmetric=symmetric, search="min-max")
-    assert torch.equal(packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric).float().nan_to_num()) or torch.allclose(
-        packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric), atol=1e-6
-    )
+    assert torch.equal(
+        packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric).float().nan_to_num()
+    ) or torch.allclose(packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric), atol=1e-6)
 
 
-@pytest.mark.parametrize("bits, group_size, symmetric, expected", [(4, 32, False, 4 + 24 / 32), (4, 32, True, 4.5), (3, 64, False, 3 + 24 / 64), (8, -1, True, 8 + 16 / 512)])
+@pytest.mark.parametrize(
+    "bits, group_size, symmetric, expected",
+    [(4, 32, False, 4 + 24 / 32), (4, 32, True, 4.5), (3, 64, False, 3 + 24 / 64), (8, -1, True, 8 + 16 / 512)],
+)
 def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expected):
-    packed = PackedWeight.from_float(torch.randn(64, 512), bits=bits, group_size=group_size, symmetric=symmetric, search="min-max")
+    packed = PackedWeight.from_float(
+        torch.randn(64, 512), bits=bits, group_size=group_size, symmetric=symmetric, search="min-max"
+    )
     assert packed.bits_per_weight() == pytest.approx(expected)
 
 
@@ -118,7 +123,11 @@ def test_training_through_the_rounding_beats_rounding_afterwards():
 
 def test_without_straight_through_qat_would_be_caught(monkeypatch):
     """Planted: the true derivative of rounding is zero, and nothing is learnt."""
-    monkeypatch.setattr(qat.FakeQuantize, "forward", lambda self, w: fake_quantize(w.detach().flatten(1), **self.settings).reshape(w.shape) + 0 * w)
+    monkeypatch.setattr(
+        qat.FakeQuantize,
+        "forward",
+        lambda self, w: fake_quantize(w.detach().flatten(1), **self.settings).reshape(w.shape) + 0 * w,
+    )
     with pytest.raises(AssertionError):
         test_training_through_the_rounding_beats_rounding_afterwards()
 

@@ -1,0 +1,248 @@
+"""The tour: every paradigm once, on the shipped models, with one table and one sentence of verdict each.
+
+A row is an exhibit of a chapter's SHOWCASE, measured beside its baseline at its own workload. The verdicts are written
+from the readings alone, so that on another machine, or with other numbers, they say something else.
+"""
+
+import html
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from effkit import plots, zoo
+from effkit.catalog import PARADIGMS
+from effkit.core.paths import write_atomically
+from effkit.core.report import Reading, Report, Table
+from effkit.core.showcase import Exhibit, Showcase
+from effkit.core.task import Task
+from effkit.core.technique import Technique, evaluating
+from effkit.measure import Decode, Forward, TrainStep, Work, compare, processor, quality
+
+Loader = Callable[[str], tuple[nn.Module, Task]]
+_REPEATS, _BUDGET = 5, 1.0
+_FASTER = 1.05  # a ratio nearer to 1 than this is no difference, whatever the spreads say
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One station: what was shown, its baseline's readings and its own."""
+
+    paradigm: str
+    model: str
+    baseline: Report
+    result: Report
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.result.name, self.baseline, self.result)
+
+
+def tour(load: Loader = zoo.load, *, everything: bool = False) -> list[Stop]:
+    """The first exhibit of each paradigm, or all of them; scores are of the whole held-out set."""
+    load = cache(load)
+    scores: dict[tuple[str, str], Reading] = {}
+    stations = [(s.paradigm, e) for s in showcases() for e in (s.exhibits if everything else s.exhibits[:1])]
+    bar = tqdm(stations, desc="tour", unit="technique")
+    stops = []
+    for paradigm, exhibit in bar:
+        bar.set_postfix_str(f"{paradigm} of {exhibit.model}")
+        stops.append(visit(paradigm, exhibit, *load(exhibit.model), scores))
+    return stops
+
+
+def showcases() -> Iterator[Showcase]:
+    """What each chapter shows of itself, in the order of the course."""
+    return (import_module(f"effkit.{paradigm}").SHOWCASE for paradigm in PARADIGMS)
+
+
+def visit(
+    paradigm: str, exhibit: Exhibit, model: nn.Module, task: Task, scores: dict[tuple[str, str], Reading]
+) -> Stop:
+    """Applies the technique and measures it beside its baseline, in turns."""
+    before, after = exhibit.baseline(), exhibit.technique()
+    models = {title(before): before(model, task), title(after): after(model, task)}
+    table = compare(models, task, workload(exhibit), quality=False, min_repeats=_REPEATS, budget_s=_BUDGET)
+    reports = []
+    for technique, (name, made) in zip((before, after), models.items(), strict=True):
+        key = (exhibit.model, repr(technique))
+        if key not in scores:
+            with evaluating(made):
+                scores[key] = quality(made, task)
+        trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
+        extra = {task.score.name: scores[key], "trainable": Reading(trained, "params", "counted")}
+        reports.append(replace(table[name], readings=extra | table[name].readings))
+    return Stop(paradigm, exhibit.model, *reports)
+
+
+def workload(exhibit: Exhibit) -> Work:
+    works: dict[str, Work] = {
+        "forward": Forward(exhibit.batch),
+        "decode": Decode(prompt=64, new=64),
+        "train": TrainStep(exhibit.batch),
+    }
+    return works[exhibit.work]
+
+
+def title(technique: Technique) -> str:
+    """A technique as its name and the settings that differ from the defaults of its class."""
+    text = repr(technique)
+    return text if len(text) <= 40 else f"{type(technique).__name__}(...)"
+
+
+def verdict(name: str, before: Report, after: Report) -> str:
+    """One sentence from the numbers: smaller or not, faster or not and why, and what it costs in quality."""
+    return f"{name}: {_size(before, after)}{_speed(before, after)}; {_score(before, after)}."
+
+
+def ratio(before: Report, after: Report, reading: str) -> float:
+    """before / after: over 1 where the technique needs less."""
+    if reading not in before or reading not in after or not after[reading].value:
+        return 1.0
+    return before[reading].value / after[reading].value
+
+
+def _size(before: Report, after: Report) -> str:
+    smaller = ratio(before, after, "bytes on disk")
+    if smaller > _FASTER and "parameters" in before:
+        sixteen = 2 * before["parameters"].value / after["bytes on disk"].value
+        return f"{smaller:.1f}x smaller on disk than the float32 file, {sixteen:.1f}x than 16 bits a weight would be,"
+    if smaller > _FASTER:
+        return f"{smaller:.1f}x smaller on disk"
+    return "no smaller on disk" if smaller > 1 / _FASTER else f"{1 / smaller:.1f}x larger on disk"
+
+
+def _speed(before: Report, after: Report) -> str:
+    """The speed, and the reason that the other readings give for it."""
+    faster = ratio(before, after, "latency")
+    clear = _apart(before["latency"], after["latency"])
+    joined = " and " if (faster > 1) == (ratio(before, after, "bytes on disk") > _FASTER) else " but "
+    if clear and faster > _FASTER:
+        return f"{joined}{faster:.2f}x faster here, because {_gain(before, after)}"
+    how = f"{1 / faster:.2f}x slower" if clear and faster < 1 / _FASTER else "not faster"
+    return f"{joined.replace(' and ', ' but ')}{how} here, because {_loss(before, after)}"
+
+
+def _apart(a: Reading, b: Reading) -> bool:
+    """True where the medians differ by more than the wider of the two interquartile ranges."""
+    return abs(a.value - b.value) > max(a.spread or 0.0, b.spread or 0.0)
+
+
+def _gain(before: Report, after: Report) -> str:
+    if (fewer := ratio(before, after, "macs")) > _FASTER:
+        return f"it does {fewer:.1f}x fewer multiplications"
+    if (trained := ratio(before, after, "trainable")) > 2:
+        return f"{trained:.0f}x fewer parameters have gradients and optimizer state"
+    if (less := ratio(before, after, "resident memory")) > _FASTER:
+        return f"it reads {less:.1f}x fewer bytes for the same multiplications"
+    return "the same weights and multiplications are used with less work around them"
+
+
+def _loss(before: Report, after: Report) -> str:
+    if (fewer := ratio(before, after, "macs")) > _FASTER:
+        return f"the {fewer:.1f}x fewer multiplications are not what takes the time at this size"
+    if fewer < 1 / _FASTER:
+        return f"it does {1 / fewer:.1f}x more multiplications"
+    if ratio(before, after, "resident memory") > _FASTER:
+        return "the bytes it saves cost more to unpack than a model of this size waits for them"
+    return "it does the same multiplications on the same numbers"
+
+
+def _score(before: Report, after: Report) -> str:
+    """How the score moved, against the standard error of the wider of the two."""
+    name = next(n for n in after if after[n].better in ("higher", "lower") and n in before and n not in _COSTS)
+    old, new = before[name], after[name]
+    sign = 1 if new.better == "higher" else -1
+    gain = sign * (new.value - old.value)
+    if gain == 0:
+        return f"{name} is the same, {new.value:.4g}"
+    word = "better" if gain > 0 else "worse"
+    noise = " (within the noise)" if abs(gain) <= max(old.spread or 0.0, new.spread or 0.0) else ""
+    return f"{name} {word} by {abs(gain):.2g}, from {old.value:.4g} to {new.value:.4g}{noise}"
+
+
+_COSTS = {
+    "bytes on disk",
+    "resident memory",
+    "peak memory",
+    "parameters",
+    "nonzeros",
+    "macs",
+    "latency",
+    "throughput",
+    "energy",
+    "trainable",
+}
+_SHOWN = ("bytes on disk", "latency", "macs")
+
+
+def summary(stops: list[Stop]) -> Table:
+    """One table: quality, bytes and latency of each baseline and each technique."""
+    rows = []
+    for stop in stops:
+        for report, role in ((stop.baseline, "baseline"), (stop.result, stop.paradigm)):
+            score = next(name for name in report if name not in _COSTS)
+            shown = {
+                "quality": replace(report[score], unit=report[score].unit or score),
+                **{k: report[k] for k in _SHOWN if k in report},
+            }
+            rows.append(Report(f"{role}: {stop.model} {report.name}", shown))
+    return Table(rows)
+
+
+def rows(stops: list[Stop]) -> list[dict]:
+    """What tour.json holds: for each station its baseline's readings, then the technique's."""
+    return [
+        {
+            "paradigm": stop.paradigm,
+            "technique": report.name,
+            "model": stop.model,
+            "workload": report.workload,
+            "readings": report.to_json()["readings"],
+        }
+        for stop in stops
+        for report in (stop.baseline, stop.result)
+    ]
+
+
+def write(stops: list[Stop], folder: Path) -> None:
+    """tour.json and a self-contained tour.html, each whole or not at all. Raises OSError naming a folder that can't be
+    written."""
+    try:
+        write_atomically(folder / "tour.json", json.dumps(rows(stops), indent=1).encode())
+        write_atomically(folder / "tour.html", page(stops).encode())
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder} ({error.strerror or error}); choose another folder with --out"
+        ) from error
+
+
+def page(stops: list[Stop]) -> str:
+    """The table, the verdicts and a plot in one file that opens anywhere."""
+    verdicts = "".join(f"<li><b>{html.escape(s.paradigm)}</b>: {html.escape(s.verdict)}</li>" for s in stops)
+    picture = b64encode(plots.to_png(chart(stops))).decode()
+    alt = "; ".join(f"{s.paradigm}: {ratio(s.baseline, s.result, 'latency'):.2f} times as fast" for s in stops)
+    style = "body{font:16px/1.5 system-ui;max-width:72em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;text-align:right}th[scope=row]{text-align:left}"
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>The effkit tour</title><style>{style}</style><h1>The effkit tour</h1>"
+        f"<p>{html.escape(str(processor()))}; torch {torch.__version__}.</p>{summary(stops)._repr_html_()}"
+        f"<h2>Verdicts</h2><ul>{verdicts}</ul><img src='data:image/png;base64,{picture}' alt='{html.escape(alt)}'></html>"
+    )
+
+
+def chart(stops: list[Stop]):
+    """How many times faster, one bar a paradigm: 1 is no gain."""
+    gains = {f"{s.paradigm} ({s.model})": s.baseline["latency"] / s.result["latency"] for s in stops}
+    return plots.bars(
+        gains,
+        title="Which paradigm is faster here?",
+        xlabel="baseline's latency over the technique's (1 = no gain)",
+        ylabel="paradigm",
+    )

@@ -1,0 +1,101 @@
+"""The tour: its verdicts follow the numbers, its files say where each number comes from, and nothing is left half-written."""
+
+import html
+import json
+
+import pytest
+
+from effkit import tour
+from effkit.catalog import PARADIGMS
+from effkit.core.report import PROVENANCES, Reading, Report
+from effkit.measure import Decode
+from tests.subjects import SUBJECTS
+
+
+def report(name, *, latency, size=100.0, macs=100.0, score=0.9, spread=0.01, memory=100.0) -> Report:
+    return Report(
+        name,
+        {
+            "accuracy": Reading(score, "", "measured", 0.001, "higher"),
+            "bytes on disk": Reading(size, "B", "measured", better="lower"),
+            "resident memory": Reading(memory, "B", "counted", better="lower"),
+            "macs": Reading(macs, "macs", "counted", better="lower"),
+            "latency": Reading(latency, "s", "measured", spread, "lower"),
+        },
+    )
+
+
+def test_reversed_numbers_give_the_reversed_verdict():
+    slow, fast = report("slow", latency=2.0, size=400, macs=400), report("fast", latency=1.0, size=100, macs=100)
+    forward, backward = tour.verdict("T", slow, fast), tour.verdict("T", fast, slow)
+    assert "4.0x smaller" in forward and "2.00x faster" in forward and "4.0x fewer multiplications" in forward
+    assert "4.0x larger" in backward and "2.00x slower" in backward and "4.0x more multiplications" in backward
+
+
+def test_smaller_but_not_faster_says_but_and_why():
+    said = tour.verdict("T", report("a", latency=1.0), report("b", latency=1.0, size=25, memory=25))
+    assert "4.0x smaller" in said and "but not faster here, because" in said and "unpack" in said
+
+
+@pytest.mark.parametrize("new, word", [(0.95, "better"), (0.5, "worse"), (0.9, "the same")])
+def test_quality_points_the_right_way(new, word):
+    assert word in tour.verdict("T", report("a", latency=1.0), report("b", latency=1.0, score=new))
+
+
+def test_a_lower_score_can_be_the_better_one():
+    def bits(value):
+        readings = dict(report("x", latency=1.0).readings)
+        readings.pop("accuracy")
+        return Report("x", {"bits per byte": Reading(value, "bit/B", "measured", 0.001, "lower"), **readings})
+
+    assert "bits per byte worse by 0.2" in tour.verdict("T", bits(1.0), bits(1.2))
+    assert "bits per byte better by 0.2" in tour.verdict("T", bits(1.2), bits(1.0))
+
+
+def test_within_the_spread_nothing_is_faster():
+    assert "not faster" in tour.verdict("T", report("a", latency=1.2, spread=0.5), report("b", latency=1.0, spread=0.5))
+
+
+def small(name: str):
+    build, task = SUBJECTS["gpt" if name.startswith("gpt") else "resnet" if name == "resnet" else "mlp"]
+    return build(), task()
+
+
+@pytest.mark.slow
+def test_the_tour_visits_every_paradigm_and_writes_what_it_saw(tmp_path, monkeypatch):
+    """On the small models, so that it takes seconds: the same path that the shipped ones take."""
+    monkeypatch.setattr(tour, "_BUDGET", 0.05)
+    monkeypatch.setattr(tour, "Decode", lambda prompt, new: Decode(prompt=8, new=8))
+    stops = tour.tour(small)
+    assert [stop.paradigm for stop in stops] == list(PARADIGMS)
+    tour.write(stops, tmp_path)
+    rows = json.loads((tmp_path / "tour.json").read_text())
+    assert {row["paradigm"] for row in rows} == set(PARADIGMS)
+    for row in rows:
+        assert row["technique"] and {"bytes on disk", "latency"} <= row["readings"].keys()
+        for reading in row["readings"].values():
+            assert reading.keys() == {"value", "unit", "provenance", "spread"} and reading["provenance"] in PROVENANCES
+    page = (tmp_path / "tour.html").read_text()
+    assert "<table>" in page and "data:image/png;base64," in page and "src='http" not in page
+    assert all(stop.verdict in html.unescape(page) for stop in stops)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(OSError, match="--out"):
+        tour.write([stop()], blocked / "results")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        tour.write([stop()], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def stop() -> tour.Stop:
+    return tour.Stop("pruning", "mlp", report("a", latency=1.0), report("b", latency=1.0))
