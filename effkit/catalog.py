@@ -52,7 +52,7 @@ def paradigm(kind: type[Technique]) -> str:
 
 def example(kind: type[Technique]) -> Technique:
     """An instance to try: made without arguments, or by the class's own `example`."""
-    return kind.example() if hasattr(kind, "example") else kind()  # type: ignore[attr-defined]
+    return kind.example() if hasattr(kind, "example") else kind()
 
 
 def load_recipe(source: str | Path | dict) -> Technique:
@@ -69,9 +69,6 @@ def _modules(package: str) -> list[ModuleType]:
     return [root, *map(importlib.import_module, names)]
 
 
-def _complete(kind: type) -> bool:
+def _complete(kind: type[Technique]) -> bool:
     """False for the base classes that a technique is made from: they implement no rewrite_."""
-    return (
-        not inspect.isabstract(kind)
-        and kind.__dict__.get("rewrite_", kind.rewrite_) is not Technique.rewrite_
-    )
+    return kind.rewrite_ is not Technique.rewrite_

@@ -39,8 +39,8 @@ def stored(kind: type[nn.Module]) -> type[nn.Module]:
 
 def numbers(module: nn.Module) -> dict:
     """The constructor's arguments, read from the module itself, so that a narrowed layer says its new width."""
-    if hasattr(module, "numbers"):
-        return module.numbers()
+    if callable(own := getattr(module, "numbers", None)):
+        return own()
     kind = parametrize.type_before_parametrizations(module)
     names = [
         n
@@ -100,14 +100,17 @@ def describe(model: nn.Module) -> dict[str, list]:
 
 
 def _build_root(header: dict, base: nn.Module | None) -> nn.Module:
+    """The root; one of a known kind may wrap a model of a class that only its owner knows (its `wraps` names it)."""
     spec = header["modules"].get("")
-    if spec is not None:
-        return _make(spec)
-    if base is None:
-        raise ValueError(
-            f"this file holds a {header['root']}, a class effkit does not know; pass base={header['root']}(...), freshly built"
-        )
-    return base.to("meta")
+    root = None if spec is None else _make(spec)
+    foreign = header["root"] if root is None else getattr(root, "wraps", "")
+    if foreign and base is None:
+        raise ValueError(f"this file holds a {foreign}, a class effkit does not know; pass base={foreign}(...), freshly built")
+    if root is None:
+        return base.to("meta")  # type: ignore[union-attr]
+    if foreign:
+        root.original = base.to("meta")  # type: ignore[union-attr]
+    return root
 
 
 def _make(spec: list) -> nn.Module:

@@ -8,7 +8,7 @@ import fnmatch
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def find(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> 
     match    a type, types, or predicate; layers   a glob pattern over paths, "*" for all.
     Raises ValueError listing the candidates when the pattern matches none, or when the model has none.
     """
-    wanted = match if callable(match) and not isinstance(match, type) else lambda m: isinstance(m, match)  # type: ignore[arg-type]
+    wanted = match if callable(match) and not isinstance(match, type) else lambda m: isinstance(m, match)
     candidates = [(path, module) for path, module in model.named_modules() if wanted(module)]
     chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, layers)]
     if not chosen:
@@ -120,14 +120,16 @@ def _ancestors(path: str) -> list[str]:
 
 
 def swap(
-    model: nn.Module, match: Match, build: Callable[[nn.Module], nn.Module | None], *, layers: str = "*", by: str = ""
+    model: nn.Module, match: Match, build: Callable[[Any], nn.Module | None], *, layers: str = "*", by: str = ""
 ) -> nn.Module:
     """Replaces every layer that `find` yields by `build(layer)`; None leaves it alone. Returns the model (a new root,
     where the model is itself the layer). Hooks, mode and requires_grad carry over; a layer used twice is replaced once."""
     built = {}
     for path, layer in find(model, match, layers=layers, by=by):
         new = build(layer)
-        if new is not None:
+        if new is None:
+            note(model, path, "left alone", f"{by} has no replacement for this {type(layer).__name__}")
+        else:
             built[id(layer)] = inherit(new, layer)
             note(model, path, f"{type(layer).__name__} -> {type(new).__name__}", by)
     return replace_modules(model, built)

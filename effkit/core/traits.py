@@ -15,7 +15,7 @@ def _float_weights(model: nn.Module) -> bool:
         m for m in model.modules() if is_linear_like(m) or hasattr(m, "kernel_size") and hasattr(m, "out_channels")
     ]
     holders = [m for m in layers if not any(is_linear_like(child) for child in m.children())]
-    return all(isinstance(getattr(m, "weight", None), Tensor) and m.weight.is_floating_point() for m in holders)  # type: ignore[union-attr, operator]
+    return all(isinstance(getattr(m, "weight", None), Tensor) and m.weight.is_floating_point() for m in holders)  # type: ignore[operator]
 
 
 def _unmasked(model: nn.Module) -> bool:

@@ -29,7 +29,7 @@ def grouped(w: Float[Tensor, "rows n"], group_size: int) -> Float[Tensor, "rows 
     return F.pad(w, (0, -w.shape[1] % size)).unflatten(1, (-1, size))
 
 
-def ungrouped(g: Float[Tensor, "rows groups size"], shape: tuple[int, int]) -> Float[Tensor, "rows n"]:
+def ungrouped(g: Float[Tensor, "rows groups size"], shape: tuple[int, ...]) -> Float[Tensor, "rows n"]:
     """The inverse of `grouped`."""
     return g.reshape(shape) if g.shape[:2] == (1, 1) else g.flatten(1)[:, : shape[1]]
 

@@ -9,6 +9,7 @@ Source    Dettmers et al. 2022, arXiv:2208.07339, eq. 3 (vector-wise quantizatio
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, Int32
@@ -51,6 +52,9 @@ def integer_matmul(a: Int8[Tensor, "rows n"], b: Int8[Tensor, "out n"]) -> Int32
 class Int8Linear(nn.Module):
     """Weights in int8, one scale an output; activations rounded token by token."""
 
+    codes: Tensor
+    scale: Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -59,7 +63,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
-    def from_float(cls, layer: nn.Linear) -> "Int8Linear":
+    def from_float(cls, layer: Any) -> "Int8Linear":
         if layer.in_features > _MOST_INPUTS:
             raise ValueError(
                 f"a layer of {layer.in_features} inputs could overflow int32; at most {_MOST_INPUTS} are allowed: leave it out with `layers`"

@@ -2,16 +2,17 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effkit.core import native
 
 _SOURCE = Path(__file__).with_name("packed.c")
 
 
-def matvec(x: Tensor, store: nn.Module) -> Tensor | None:
+def matvec(x: Tensor, store: Any) -> Tensor | None:
     """x (one token, any leading dimensions of size 1) times the packed matrix, or None where the kernel does not apply:
     other bits or groups, several tokens, gradients wanted, no C compiler."""
     rows, columns = store.shape

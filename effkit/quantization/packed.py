@@ -9,14 +9,14 @@ Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1; groups as in Dettmers & Ze
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effkit.core.checkpoint import stored
+from effkit.core.checkpoint import numbers, stored
 from effkit.core.checks import require_choice, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import bake, swap
@@ -35,7 +35,11 @@ class PackedWeight(nn.Module):
     shape   rows and columns of the matrix;  group_size as in `grouped`
     """
 
-    def __init__(self, shape: tuple[int, int], bits: int, group_size: int, symmetric: bool):
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], bits: int, group_size: int, symmetric: bool):
         super().__init__()
         self.shape, self.bits, self.group_size, self.symmetric = tuple(shape), bits, group_size, symmetric
         rows, columns = self.shape
@@ -84,7 +88,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, **settings) -> "QuantizedLinear":
+    def from_float(cls, layer: Any, **settings) -> "QuantizedLinear":
         new = cls(layer.in_features, layer.out_features, layer.bias is not None)
         new.weight_store = PackedWeight.from_float(layer.weight, **settings)
         new.bias = layer.bias
@@ -104,17 +108,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedConv2d(nn.Module):
     """A convolution with packed filters; one row of the packed matrix is one filter."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple,
-        stride: tuple,
-        padding: tuple | str,
-        dilation: tuple,
-        groups: int,
-        bias: bool,
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride, padding, dilation, groups: int, bias: bool):
         super().__init__()
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
@@ -122,17 +116,8 @@ class QuantizedConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d, **settings) -> "QuantizedConv2d":
-        new = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            layer.bias is not None,
-        )
+    def from_float(cls, layer: Any, **settings) -> "QuantizedConv2d":
+        new = cls(**{name: value for name, value in numbers(layer).items() if name != "padding_mode"})
         new.weight_store = PackedWeight.from_float(layer.weight.flatten(1), **settings)
         new.bias = layer.bias
         return new
@@ -177,11 +162,13 @@ class RTN(Technique):
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return swap(model, (nn.Linear, nn.Conv2d), self.replacement, layers=self.layers, by="RTN")
 
-    def replacement(self, layer: nn.Module) -> nn.Module:
-        kind = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-        return kind.from_float(
-            bake(layer), bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, search=self.search
-        )  # type: ignore[attr-defined]
+    def replacement(self, layer: Any) -> nn.Module | None:
+        """The packed twin; None for a convolution that pads with anything but zeros."""
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            return None
+        kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+        settings = dict(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, search=self.search)
+        return kind.from_float(bake(layer), **settings)
 
     def claim(self, model: nn.Module) -> Reading:
         """Bits per weight of the quantized layers, scales and zero points included."""

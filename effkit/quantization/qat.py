@@ -40,10 +40,11 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, bits: int, group_size: int, symmetric: bool):
         super().__init__()
-        self.settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
 
     def forward(self, w: Tensor) -> Tensor:
-        return fake_quantize(w.flatten(1), **self.settings).reshape(w.shape)
+        rounded = fake_quantize(w.flatten(1), bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return rounded.reshape(w.shape)
 
 
 @dataclass(frozen=True)

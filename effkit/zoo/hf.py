@@ -1,6 +1,6 @@
 """To and from transformers' Llama: the only place where effkit touches another library's models."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ def from_hf(model: nn.Module) -> "GPT":
     """A GPT with the weights of a transformers.LlamaForCausalLM. Raises ValueError for what GPT does not compute."""
     from effkit.zoo.gpt import GPT
 
-    c = model.config
+    c: Any = model.config
     _refuse(c)
     with torch.device("meta"):
         gpt = GPT(
@@ -61,7 +61,8 @@ def to_hf(gpt: "GPT") -> nn.Module:
         tie_word_embeddings=c.tied,
         max_position_embeddings=c.context,
     )
-    model = LlamaForCausalLM(config).to(gpt.embedding.weight.dtype)
+    model: nn.Module = LlamaForCausalLM(config)
+    model = model.to(gpt.embedding.weight.dtype)
     state = {_translate(name, back=True): tensor for name, tensor in gpt.state_dict().items()}
     if c.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

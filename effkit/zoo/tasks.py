@@ -53,7 +53,7 @@ def language(
         name,
         example=(streams["val"][None, :64],),
         loss=language_loss,
-        per_example=BitsPerByte(token_bytes(tokenizer)),
+        per_example=BitsPerByte(token_bytes(tokenizer)),  # type: ignore[arg-type]
         score=Score("bits per byte", "bit/B", "lower"),
         **windows,  # type: ignore[arg-type]
     )
