@@ -13,7 +13,9 @@ Source    Lattner et al. 2021, doi:10.1109/CGO51591.2021.9370308 (progressive lo
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,7 +58,7 @@ def _scaled(b: str, alpha: str) -> str:
 
 
 #: operator -> the C expression of its operands; numbers among them have become literals
-POINTWISE = {
+POINTWISE: dict[Any, Callable[..., str]] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), lambda a, b, alpha=ONE: f"({a} + {_scaled(b, alpha)})"),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), lambda a, b, alpha=ONE: f"({a} - {_scaled(b, alpha)})"),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), lambda a, b, alpha=ONE: f"({b} - {_scaled(a, alpha)})"),
@@ -89,10 +91,12 @@ REDUCTIONS = {
     aten.mean.dim: ("0", "{s} += {x};", "{s} / {n}"),
     aten.amax.default: ("-INFINITY", "{s} = {x} > {s} || {x} != {x} ? {x} : {s};", "{s}"),
 }
-#: what -ffast-math may not assume: that there are no infinities and NaN
-_HEAD = """#include <math.h>
+#: with this macro glibc declares its vector versions of exp and others, accurate to 4 units in the last place
+_HEAD = """#ifndef __FAST_MATH__
+#define __FAST_MATH__ 1
+#endif
+#include <math.h>
 typedef {c} real;
-#pragma GCC optimize("no-finite-math-only")
 """
 _FUNCTIONS = ("exp", "log", "sqrt", "sin", "cos", "tanh", "erf", "fabs", "pow")
 
@@ -152,7 +156,8 @@ def to_c(graph: Graph) -> str:
     sizes, strides = _loops(result, [node.type for node in reads], keep_last=by_rows)
     c = C_TYPES[result.dtype]
     parameters = ", ".join([*(f"const real *restrict {node.name}_" for node in reads), "real *restrict out_", "int threads"])
-    body = _body(lines, [node.name for node in reads], sizes, strides, graph.outputs[0].name, chunked=len(sizes) == 1 and sizes[0] > CHUNK and not by_rows)
+    chunked = len(sizes) == 1 and sizes[0] > CHUNK and not by_rows
+    body = _body(lines, [node.name for node in reads], sizes, strides, graph.outputs[0].name, chunked)
     for name in _FUNCTIONS:
         body = body.replace(f"{name.upper()}(", f"{name}{'f' * (c == 'float')}(")
     return _HEAD.format(c=c) + f"void kernel({parameters}) {{\n{body}}}\n"
@@ -218,7 +223,8 @@ def _walks(lines: list[Step], reads: list[str], inner: dict[str, int], width: in
     text = "".join(f"    const real {name} = {name}p[0];\n" for name in reads if not inner[name])
     text += "".join(f"    real {name}_row[{width}];\n" for name in sorted(kept))
     for stage in range(stages + 1):
-        text += "".join(f"    const real {line.name} = {line.expression};\n" for line in lines if line.row and not line.reduction and line.stage == stage)
+        row = [line for line in lines if line.row and not line.reduction and line.stage == stage]
+        text += "".join(f"    const real {line.name} = {line.expression};\n" for line in row)
         sums = [line for line in lines if line.reduction and line.stage == stage + 1]
         full = [line for line in lines if not line.row and line.stage == stage]
         if sums or full:

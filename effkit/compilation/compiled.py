@@ -11,7 +11,7 @@ Source    Ansel et al. 2024, doi:10.1145/3620665.3640366 (PyTorch 2: guards arou
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from effkit.compilation.ir import CannotCompile, Graph, capture
 from effkit.compilation.passes import algebra, conv_bn, cse, dce, fold
 from effkit.compilation.schedule import schedule
 from effkit.core import native
-from effkit.core.checkpoint import stored
+from effkit.core.checkpoint import KINDS, stored
 from effkit.core.report import Reading
 from effkit.core.surgery import log, note
 from effkit.core.task import Task
@@ -42,28 +42,36 @@ class Compiled(nn.Module):
 
     runs_a_graph = True  # what the trait EAGER looks for
 
-    def __init__(self, passes: tuple[str, ...] = DEFAULT, signature: tuple = (), original: nn.Module | None = None):
+    def __init__(self, passes: tuple[str, ...] = DEFAULT, signature: tuple = (), wraps: str = "", original: nn.Module | None = None):
         super().__init__()
-        self.passes = tuple(passes)
+        self.passes, self.wraps = tuple(passes), wraps
         self.signature = tuple((tuple(shape), dtype, device) for shape, dtype, device in signature)
         self.original = original if original is not None else nn.Identity()
         self.fallbacks: Counter[str] = Counter()
-        self._forget()
+        self.executor: Executor | None = None
+        self.history: list[tuple[str, int]] = []
+        self._hooks: list[dict] = []
+        self._watched: list[tuple] = []
         self.train(self.original.training)
 
     def numbers(self) -> dict:
-        return {"passes": list(self.passes), "signature": [[list(shape), dtype, device] for shape, dtype, device in self.signature]}
+        """`wraps` names the original's class where a file cannot hold it: whoever opens the file passes a base."""
+        kind = type(self.original)
+        known = kind is KINDS.get(kind.__name__) or kind in (nn.Sequential, nn.ModuleList)
+        signature = [[list(shape), dtype, device] for shape, dtype, device in self.signature]
+        return {"passes": list(self.passes), "signature": signature, "wraps": "" if known else kind.__name__}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._unlike(args, kwargs) or self._unready(args)
-        if not reason and not self.executor.busy.acquire(blocking=False):  # type: ignore[union-attr]
-            reason = "another thread is using the arena"
-        if reason:
+        executor = self.executor
+        if reason or executor is None:
             return self._fall_back(reason, args, kwargs)
+        if not executor.busy.acquire(blocking=False):
+            return self._fall_back("another thread is using the arena", args, kwargs)
         try:
-            return self.executor(*(x.contiguous() for x in args))  # type: ignore[misc]
+            return executor(*(x.contiguous() for x in args))
         finally:
-            self.executor.busy.release()  # type: ignore[union-attr]
+            executor.busy.release()
 
     def _fall_back(self, reason: str, args: tuple, kwargs: dict) -> Any:
         if reason not in self.fallbacks:
@@ -104,11 +112,17 @@ class Compiled(nn.Module):
         executor = Executor(stages[-1][1])
         with evaluating(self.original):
             _compare(executor(*example), self.original(*example))
+        self.executor, self.history = executor, [(name, len(graph.operators)) for name, graph in stages]
+        self._watch()
+        self._hold(executor)
+
+    def _watch(self) -> None:
+        """Where hooks would appear, and what would show that a weight was written to, moved or replaced."""
         modules = list(self.original.modules())
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._watched = [(table, key, t, t._version, t.data_ptr()) for m in modules for table in (m._parameters, m._buffers) for key, t in table.items() if t is not None]
-        self.executor, self.history = executor, [(name, len(graph.operators)) for name, graph in stages]
-        self._hold(executor)
+        tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        held = [(table, key, t) for table in tables for key, t in table.items() if t is not None]
+        self._watched = [(table, key, t, t._version, t.data_ptr()) for table, key, t in held]
 
     def graphs(self, example: tuple[Tensor, ...]) -> list[tuple[str, Graph]]:
         """The captured graph, then what each pass made of it."""
@@ -126,20 +140,18 @@ class Compiled(nn.Module):
                 self.register_buffer(f"folded_{name}", value, persistent=False)
 
     def _forget(self) -> None:
-        self.executor: Executor | None = None
-        self.history: list[tuple[str, int]] = []
-        self._hooks: list[dict] = []
-        self._watched: list[tuple] = []
+        self.executor, self.history, self._hooks, self._watched = None, [], [], []
         self._buffers.clear()
 
     def _stale(self) -> bool:
-        return any(table.get(key) is not t or t._version != version or t.data_ptr() != place for table, key, t, version, place in self._watched)
+        same = (table.get(key) is t and t._version == version and t.data_ptr() == place for table, key, t, version, place in self._watched)
+        return not all(same)
 
     def ready(self) -> Executor:
         """The executor; where none is there yet, as after loading a file, it is built on inputs of zeros."""
         if self.executor is None:
-            self.build(tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype, device in self.signature))
-        return self.executor  # type: ignore[return-value]
+            self.build(tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=d) for shape, dtype, d in self.signature))
+        return cast(Executor, self.executor)
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold the original and the signature, and compile again."""
@@ -158,7 +170,8 @@ class Compiled(nn.Module):
         executor = self.ready()
         outside = sum(b.size for b in executor.outside)
         lines = ["operators: " + ", ".join(f"{name} {n}" for name, n in self.history)]
-        lines += [f"arena: {executor.plan}", f"outside it: {len(executor.outside)} buffers, {outside:,} bytes, of kernels that take memory themselves or whose result is returned"]
+        lines += [f"arena: {executor.plan}"]
+        lines += [f"outside it: {len(executor.outside)} buffers, {outside:,} bytes, returned or of kernels that take memory themselves"]
         return "\n".join(lines + [f"fell back {n} times: {reason}" for reason, n in self.fallbacks.items()])
 
 
@@ -176,9 +189,9 @@ def _compare(seen: Any, wanted: Any) -> None:
     for a, b in zip(tree_leaves(seen), tree_leaves(wanted), strict=True):
         if isinstance(b, Tensor):
             rtol, atol = TOLERANCE.get(b.dtype, (0.0, 0.0))
-            scale = b.abs().max().item() if b.numel() and b.is_floating_point() else 1.0
-            if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol, atol * max(scale, 1e-30), equal_nan=True):
-                raise CannotCompile("the graph's outputs differ from the model's on the example: it does something that torch cannot see; leave it eager")
+            scale = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() and b.is_floating_point() else 1.0
+            if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol, atol * scale, equal_nan=True):
+                raise CannotCompile("the graph's outputs differ from the model's on the example: it does something that torch cannot see")
 
 
 @dataclass(frozen=True)
@@ -200,7 +213,7 @@ class Compile(Technique):
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         task.require("example", by=self)
-        compiled = Compiled(self.passes, describe(task.example), model)  # type: ignore[arg-type]
+        compiled = Compiled(self.passes, describe(task.example), original=model)  # type: ignore[arg-type]
         compiled.__dict__["effkit_log"] = log(model)
         compiled.build(task.example)  # type: ignore[arg-type]
         note(compiled, "", f"captured {compiled.history[0][1]} operators, left {compiled.history[-1][1]}", "Compile")
@@ -211,7 +224,7 @@ class Compile(Technique):
     def claim(self, model: nn.Module) -> Reading:
         """Operators that one forward pass calls."""
         if not isinstance(model, Compiled):
-            raise ValueError(f"Compile makes its claim about a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned")
+            raise ValueError(f"Compile claims something of a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned")
         return Reading(len(model.ready().graph.operators), "operators", "counted", better="lower")
 
 
@@ -219,5 +232,5 @@ def _not_fused(compiled: Compiled) -> list[str]:
     """Why groups that could be fused were not."""
     if "fuse" not in compiled.passes:
         return []
-    left = {native.why_not(Kernel.of(compiled.executor.graph, group).source) for group in groups(compiled.executor.graph)}  # type: ignore[union-attr]
-    return sorted(left - {""})
+    graph = compiled.ready().graph
+    return sorted({native.why_not(Kernel.of(graph, group).source) for group in groups(graph)} - {""})

@@ -227,7 +227,9 @@ def _trace(model: nn.Module, tensors: dict[str, Tensor], example: tuple[Tensor, 
         # composite operators write in place inside themselves, which functionalize sees only in the second pass
         return make_fx(torch.func.functionalize(once), **options)(tensors, *example), specs[0]  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001  (whatever stops the trace is the reason)
-        raise CannotCompile(f"the forward pass of {type(model).__name__} cannot be captured: {_first_line(error)}; leave it eager, or compile the part without branches on values") from error
+        name, why = type(model).__name__, _first_line(error)
+        way_out = "leave it eager, or compile the part that has no branches on values"
+        raise CannotCompile(f"the forward pass of {name} cannot be captured: {why}; {way_out}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -243,7 +245,8 @@ def _from_fx(traced: torch.fx.GraphModule, weights: dict[str, Tensor], spec: Tre
     for fx in traced.graph.nodes:
         if fx.op == "output":
             return Graph(tuple(nodes), map_refs(_args(tuple(fx.args[0])), names), values, spec)
-        path, held = next(places, ("", None)) if fx.op == "placeholder" else (fx.name, getattr(traced, fx.target) if fx.op == "get_attr" else None)
+        path, held = next(places, ("", None)) if fx.op == "placeholder" else (fx.name, None)
+        held = getattr(traced, fx.target) if fx.op == "get_attr" else held
         kind = "weight" if held is not None else "input" if fx.op == "placeholder" else fx.target
         if held is not None:
             names[fx.name] = f"p_{path.replace('.', '_')}"
@@ -293,8 +296,10 @@ def typed(graph: Graph, example: Iterable[Tensor]) -> Graph:
         alive.append(value)  # or an address would be given out twice
         address = _address(value)
         base = memory.setdefault(address, node.name) if address else node.name
-        shared = node.op is operator.getitem or (node.computes and base != node.name)
-        found[node.name] = replace(node, type=Type.of(value), base=(node.args[0].name if node.op is operator.getitem else base) if shared else "")
+        if node.op is operator.getitem:
+            base = node.args[0].name
+        shown = base if node.computes and base != node.name else ""
+        found[node.name] = replace(node, type=Type.of(value), base=shown)
 
     run(graph, example, observe)
     return Graph(tuple(found[node.name] for node in graph.nodes), graph.outputs, graph.values, graph.spec)

@@ -20,7 +20,7 @@ from torch import Tensor
 from effkit.compilation.ir import Graph, Node, Ref, Type, refs, substitute
 
 aten = torch.ops.aten
-SMALL = 2**16  # bytes: what is made from nothing (positions, masks) is folded up to this size
+SMALL = 2**20  # bytes: what is made from nothing (positions, masks) is folded up to this size
 
 
 def dce(graph: Graph) -> Graph:
@@ -37,23 +37,17 @@ def fold(graph: Graph) -> Graph:
     """Constant folding: what depends on weights only is computed now, unless the result would take more memory than
     what it is made of: unpacking 4-bit weights for good would undo their purpose."""
     values = dict(graph.values)
-    nodes = []
+    nodes, from_nothing = [], set[str]()
     for node in graph.nodes:
-        if node.computes and node.op is not operator.getitem and all(name in values for name in node.uses):
+        if node.computes and node.op is not operator.getitem and values.keys() >= set(node.uses):
             args, kwargs = substitute((node.args, node.kwargs), values.__getitem__)
-            value = node.op(*args, **kwargs)
-            if _worth_keeping(node, value, graph):
+            value, free = node.op(*args, **kwargs), from_nothing >= set(node.uses)
+            if isinstance(value, Tensor) and value.nbytes <= (SMALL if free else sum(values[name].nbytes for name in node.uses)):
                 values[node.name] = value
+                from_nothing |= {node.name} if free else set()
                 node = Node(node.name, "weight", type=Type.of(value))
         nodes.append(node)
     return graph.rebuilt(nodes, values=values)
-
-
-def _worth_keeping(node: Node, value: Any, graph: Graph) -> bool:
-    if not isinstance(value, Tensor):
-        return False
-    made_of = sum(graph.values[name].nbytes if name in graph.values else graph[name].type.nbytes for name in node.uses)
-    return value.nbytes <= max(made_of, SMALL)
 
 
 def cse(graph: Graph) -> Graph:
@@ -155,7 +149,7 @@ def conv_bn(graph: Graph) -> Graph:
             continue
         x, w, b, *settings = conv.args
         tensors = [None if a is None else values[a.name] for a in (w, b, *node.args[1:5])]
-        filters = scaled_filters(*tensors, node.args[-1])  # type: ignore[arg-type]
+        filters = scaled_filters(*tensors, node.args[-1])  # type: ignore[arg-type, call-arg]
         names = f"{conv.name}_filters", f"{conv.name}_shift"
         for name, value in zip(names, filters, strict=True):
             values[name], nodes[name] = value, Node(name, "weight", type=Type.of(value))

@@ -9,6 +9,7 @@ Left out  Sharing an operator's input with its output, recomputing instead of ke
 Source    Pisarchyk & Lee 2020, arXiv:2001.03288, sec. 5 (greedy by size for offsets).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,29 +97,34 @@ def _gap(buffer: Buffer, placed: list[tuple[int, Buffer]]) -> int:
 
 
 def optimal(buffers: Sequence[Buffer], *, seconds: float = 10.0) -> Plan | None:
-    """The smallest arena there is, by integer programming; None where `seconds` were not enough to prove it.
+    """The smallest arena there is; None where `seconds` were not enough to prove it.
 
-    Minimize z subject to offset_i + size_i <= z, and for each pair alive together either offset_i + size_i <= offset_j
-    or the reverse: a binary variable each pair says which, and all bytes together (M) switch the other off.
+    Where best fit reaches the bound, that is the proof. Otherwise by integer programming: minimize z subject to
+    offset_i + size_i <= z, and for each pair alive together either offset_i + size_i <= offset_j or the reverse; a
+    binary variable each pair says which, and M, the arena we already have, switches the other off.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    n, pairs = len(buffers), [(i, j) for i, a in enumerate(buffers) for j, b in enumerate(buffers) if i < j and a.meets(b)]
-    sizes, big = np.array([b.size for b in buffers], dtype=float), float(sum(b.size for b in buffers))
+    greedy = best_fit(buffers)
+    if greedy.total == greedy.bound:
+        return greedy
+    n, pairs = len(buffers), [(i, j) for j in range(len(buffers)) for i in range(j) if buffers[i].meets(buffers[j])]
+    unit = math.gcd(*(b.size for b in buffers))  # small numbers: the solver works with tolerances
+    sizes, big = np.array([b.size // unit for b in buffers]), greedy.total // unit
     rows, limits = np.zeros((n + 2 * len(pairs), n + 1 + len(pairs))), np.zeros(n + 2 * len(pairs))
     rows[range(n), range(n)], rows[:n, n], limits[:n] = 1, -1, -sizes
     for k, (i, j) in enumerate(pairs):
         above, below = n + 2 * k, n + 2 * k + 1
         rows[above, [i, j, n + 1 + k]], limits[above] = (1, -1, big), big - sizes[i]  # i below j where the binary is 1
         rows[below, [j, i, n + 1 + k]], limits[below] = (1, -1, -big), -sizes[j]
-    cost = np.eye(n + 1 + len(pairs))[n]
-    upper = np.concatenate((np.full(n + 1, big), np.ones(len(pairs))))
-    kinds = np.concatenate((np.zeros(n + 1), np.ones(len(pairs))))
-    found = milp(cost, constraints=LinearConstraint(rows, ub=limits), bounds=Bounds(0, upper), integrality=kinds, options={"time_limit": seconds})
+    low, high = np.zeros(n + 1 + len(pairs)), np.ones(n + 1 + len(pairs))
+    low[n], high[: n + 1] = greedy.bound // unit, big
+    found = milp(np.eye(len(low))[n], constraints=LinearConstraint(rows, ub=limits), bounds=Bounds(low, high),
+                 integrality=np.ones(len(low)), options={"time_limit": seconds})  # fmt: skip
     if found.status != 0:
         return None
-    offsets = {b.name: round(x) for b, x in zip(buffers, found.x, strict=False)}
-    return Plan(offsets, round(found.x[n]), most_alive(buffers), int(big))
+    offsets = {b.name: round(x) * unit for b, x in zip(buffers, found.x, strict=False)}
+    return Plan(offsets, round(found.x[n]) * unit, greedy.bound, greedy.naive)
 
 
 def overlaps(buffers: Sequence[Buffer], plan: Plan) -> list[tuple[str, str]]:

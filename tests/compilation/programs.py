@@ -19,7 +19,7 @@ def product(x, y, w):
 STEPS = (
     lambda x, y, w: torch.relu(x),
     lambda x, y, w: torch.tanh(x) * 2 - 1,
-    lambda x, y, w: torch.sigmoid(-(-x)),
+    lambda x, y, w: torch.sigmoid(x.neg().neg()),
     lambda x, y, w: F.silu(x) + 0,
     lambda x, y, w: F.gelu(x) * 1,
     lambda x, y, w: torch.exp(x.clamp(-2, 1)).clone(),
