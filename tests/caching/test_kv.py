@@ -1,4 +1,4 @@
-"""What is kept equals what would be computed again: for every length, chunking, ratio of heads, and after taking back."""
+"""What is kept equals what would be computed again, for every length, chunking and ratio of heads."""
 
 import pytest
 import torch

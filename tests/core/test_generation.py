@@ -183,7 +183,7 @@ def test_angles_survive_bfloat16():
 @settings(max_examples=30)
 @given(n=st.integers(1, 6), past=st.integers(0, 6), groups=st.sampled_from([1, 2, 4]))
 def test_attention_is_the_textbook_s(n, past, groups):
-    """softmax(q k^T / sqrt(d)) v over the keys up to each query's own; query head h reads key head h // (4 / groups)."""
+    """softmax(q k^T / sqrt(d)) v over the keys up to each query's own; query head h reads key head h * groups // 4."""
     rng, m = seeded(), n + past
     q = torch.randn(2, 4, n, 8, dtype=torch.float64, generator=rng)
     k, v = torch.randn(2, 2, groups, m, 8, dtype=torch.float64, generator=rng)

@@ -1,0 +1,88 @@
+"""The law of speculation against its sums, its limits, and a world in which its assumption holds."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from effkit.core.generation import Sampler
+from effkit.speculative.law import Pass, best_gamma, expected_tokens, speedup, statistics
+from effkit.speculative.speculate import DraftModel, overlap, speculate
+from tests.speculative.worlds import Table
+
+alphas, gammas, costs = st.floats(0, 1), st.integers(0, 12), st.floats(0, 2)
+
+
+@given(alphas, gammas)
+def test_expected_tokens_is_the_closed_form(alpha, gamma):
+    closed = gamma + 1 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
+    assert expected_tokens(alpha, gamma) == pytest.approx(closed, rel=1e-6)
+
+
+@given(alphas, gammas)
+def test_expected_tokens_is_the_mean_of_the_coins(alpha, gamma):
+    """n tokens with probability alpha^(n - 1) (1 - alpha), gamma + 1 with alpha^gamma."""
+    mean = sum(n * alpha ** (n - 1) * (1 - alpha) for n in range(1, gamma + 1)) + (gamma + 1) * alpha**gamma
+    assert expected_tokens(alpha, gamma) == pytest.approx(mean, rel=1e-9)
+
+
+def test_by_hand():
+    assert expected_tokens(0.8, 4) == pytest.approx(3.3616)
+    assert speedup(0.8, 4, 0.1) == pytest.approx(3.3616 / 1.4)
+    assert speedup(0.8, 4, 0.1, lambda gamma: 1 + 0.1 * gamma) == pytest.approx(3.3616 / 1.8)
+
+
+@given(alphas, costs)
+def test_best_gamma_is_the_best(alpha, cost):
+    best = best_gamma(alpha, cost)
+    reached = speedup(alpha, best, cost) if best else 1.0
+    assert reached >= max(1.0, *(speedup(alpha, g, cost) for g in range(1, 17))) - 1e-12
+
+
+@given(alphas, st.floats(0.001, 0.999))
+def test_it_pays_where_acceptance_exceeds_the_draft_s_cost(alpha, cost):
+    """Corollary 3.9 of Leviathan et al.: if alpha > c, gamma = 1 alone gives (1 + alpha) / (1 + c); else none helps."""
+    assert speedup(alpha, 1, cost) == pytest.approx((1 + alpha) / (1 + cost))
+    assert (best_gamma(alpha, cost) > 0) == (alpha > cost) or math.isclose(alpha, cost, rel_tol=1e-9)
+
+
+def test_where_verification_costs_as_much_as_writing_nothing_pays():
+    assert best_gamma(0.9, 0.05, lambda gamma: gamma + 1.0) == 0
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_an_alpha_that_is_no_probability_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha must be a number in"):
+        expected_tokens(alpha, 3)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_tokens_a_pass_follow_the_law_where_acceptance_is_independent(gamma):
+    """p and q that do not depend on the text: every proposal is accepted with the same probability."""
+    rng = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 6, dtype=torch.float64, generator=rng)
+    target, draft, alpha = Table(p.expand(6, 6)), Table(q.expand(6, 6)), float(overlap(p.softmax(-1), q.softmax(-1)))
+    propose = DraftModel(draft, capacity=4000)
+    made = statistics(speculate(target, propose, torch.tensor([[0]]), 3000, gamma=gamma, sampler=Sampler(), rng=rng))
+    error = 4 * (alpha * (1 - alpha) / made.tested) ** 0.5
+    assert made.acceptance == pytest.approx(alpha, abs=error)
+    assert made.tokens_per_pass == pytest.approx(expected_tokens(alpha, gamma), abs=4 * gamma / made.passes**0.5)
+
+
+def test_untested_tokens_do_not_count_as_refused():
+    tokens = torch.zeros(9, dtype=torch.long)
+    made = statistics([Pass(4, 4, tokens[:5]), Pass(4, 1, tokens[:2]), Pass(4, 0, tokens[:1]), Pass(0, 0, tokens[:1])])
+    assert (made.passes, made.proposed, made.tested, made.accepted, made.tokens) == (4, 12, 4 + 2 + 1, 5, 9)
+    assert made.acceptance == pytest.approx(5 / 7) and made.tokens_per_pass == pytest.approx(9 / 4)
+
+
+def test_no_passes_give_no_rates():
+    assert math.isnan(statistics([]).acceptance) and math.isnan(statistics([]).tokens_per_pass)
+
+
+def test_a_law_off_by_one_is_noticed(monkeypatch):
+    monkeypatch.setattr(__name__ + ".expected_tokens", lambda alpha, gamma: sum(alpha**i for i in range(gamma)))
+    with pytest.raises(AssertionError):
+        test_tokens_a_pass_follow_the_law_where_acceptance_is_independent(1)
