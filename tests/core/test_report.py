@@ -83,7 +83,9 @@ def test_a_reading_in_words(reading, text):
 
 
 def test_a_table_keeps_its_rows_and_says_what_its_marks_mean():
-    table = Table([Report("a", {"latency": time(1.0, 0.5)}, "a pass"), Report("b", {"energy": Reading(1.0, "J", "estimated")})])
+    table = Table(
+        [Report("a", {"latency": time(1.0, 0.5)}, "a pass"), Report("b", {"energy": Reading(1.0, "J", "estimated")})]
+    )
     assert table.columns == ["latency", "energy"] and len(table) == 2
     assert table.cells()[1] == ["a", "1 ±0.5 s (!)", "-"]
     assert all(part in table.footnote() for part in ("a pass", "~ estimated", "± spread", "busy"))
