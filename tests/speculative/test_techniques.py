@@ -32,6 +32,13 @@ TECHNIQUES = {
 every = pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=TECHNIQUES.keys())
 
 
+@pytest.fixture
+def small_zoo(monkeypatch):
+    """A zoo in which names stand for tiny decoders: what is tested is the way there."""
+    known = {"gpt-small": decoder(5), "smollm2": decoder(5, vocab_size=64), "mlp": zoo.MLP((4, 3, 2))}
+    monkeypatch.setattr(zoo, "load", lambda name, dtype=torch.float32: (known[name].to(dtype), Task()))
+
+
 @every
 def test_greedy_text_stays_and_so_do_the_weights(technique):
     model, ids = decoder(), text(6, rows=3)
@@ -128,20 +135,13 @@ def test_gamma_that_proposes_nothing_is_refused(gamma):
             kind(gamma=gamma)
 
 
-def test_drafts_that_are_none_are_refused():
+def test_drafts_that_are_none_are_refused(small_zoo):
     with pytest.raises(ValueError, match="draft must be a technique that makes it from the target"):
         Speculative(draft="gpt-small")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gives a MLP, which generates nothing: take one that gives a decoder"):
         Speculative(Use("mlp"))(decoder())
     with pytest.raises(ValueError, match="needs a decoder"):
         Speculative()(torch.nn.Linear(2, 2))
-
-
-@pytest.fixture
-def small_zoo(monkeypatch):
-    """A zoo in which names stand for tiny decoders: what is tested is the way there."""
-    known = {"gpt-small": decoder(5), "smollm2": decoder(5, vocab_size=64)}
-    monkeypatch.setattr(zoo, "load", lambda name, dtype=torch.float32: (known[name].to(dtype), Task()))
 
 
 def test_a_named_draft(small_zoo):
