@@ -18,10 +18,12 @@ from effkit.core.report import Reading, Report, Table  # noqa: E402
 from effkit.core.surgery import log  # noqa: E402
 from effkit.core.task import Batches, Score, Task  # noqa: E402
 from effkit.core.technique import Identity, Pipeline, Technique, Trait  # noqa: E402
+from effkit.exercises import exercise, progress  # noqa: E402
+from effkit.measure import compare  # noqa: E402 (`measure` stays the module: from effkit.measure import measure)
 
 __version__ = "0.1.0"
 catalog.techniques()  # files may hold any chapter's layers, so all of them register before the first `load`
 __all__ = [
     "Batches", "Identity", "Pipeline", "Reading", "Report", "Sampler", "Score", "Table", "Task", "Technique", "Trait",
-    "generate", "load", "load_recipe", "log", "save", "save_recipe", "techniques", "zoo",
+    "compare", "exercise", "generate", "load", "load_recipe", "log", "progress", "save", "save_recipe", "techniques", "zoo",
 ]  # fmt: skip

@@ -1,0 +1,133 @@
+"""What keeps the library small and its imports one way: read from the source, so that nothing can pass by not being run."""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from effkit.catalog import PARADIGMS
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "effkit").rglob("*.py"))
+PEERS = {
+    "torchao",
+    "transformers",
+    "peft",
+    "tensorly",
+    "torch_pruning",
+    "onnxruntime",
+    "onnx",
+    "codecarbon",
+    "bitsandbytes",
+}
+THEMES = ("sustainability", "combining", "selection")
+
+#: from a layer of the library to the layers that it may import
+MAY_IMPORT = {
+    "core": {"core"},
+    "measure": {"core", "measure"},
+    "zoo": {"core", "zoo"},
+    **{chapter: {"core", "measure", "zoo", chapter} for chapter in PARADIGMS},
+}
+#: pure tensor functions that one chapter takes from another: (from, to)
+BORROWED: set[tuple[str, str]] = set()
+#: lines of code (docstrings, comments and blank lines are the book around them)
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_THE_LIBRARY = 250, 40, 8_000
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(ROOT / "effkit").parts
+    return parts[0] if len(parts) > 1 else parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    allowed = MAY_IMPORT.get(layer(path))
+    if allowed is None:
+        return
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("effkit.")}
+    wrong = {to for to in ours - allowed if (layer(path), to) not in BORROWED}
+    # core/technique and the like may name a module of effkit's root only where it is a layer below
+    assert not wrong, f"{path.name} in {layer(path)} imports {sorted(wrong)}; it may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_peer_and_no_ready_made_quantization_or_pruning(path):
+    if path.relative_to(ROOT / "effkit") == Path("zoo/hf.py"):
+        return
+    names = imports(path)
+    assert not {n for n in names if n.split(".")[0] in PEERS}
+    assert not {n for n in names if n.startswith(("torch.ao", "torch.quantization", "torch.nn.utils.prune"))}
+
+
+def test_only_measure_makes_measured_readings():
+    for path in FILES:
+        if layer(path) == "measure":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Reading":
+                constants = [
+                    a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)
+                ]
+                assert "measured" not in constants, f"{path}:{node.lineno} makes a measured reading"
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of the lines that hold code: not blank, no comment, no docstring."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {n for t in tokens if t.type not in silent for n in range(t.start[0], t.end[0] + 1)} - documented
+
+
+def test_the_library_stays_small():
+    sizes = {path: len(code_lines(path.read_text())) for path in FILES if layer(path) != "exercises"}
+    assert sum(sizes.values()) <= MOST_LINES_OF_THE_LIBRARY, sum(sizes.values())
+    long = {str(p.relative_to(ROOT)): n for p, n in sizes.items() if n > MOST_LINES_OF_A_FILE}
+    assert not long, f"files over {MOST_LINES_OF_A_FILE} lines of code: {long}"
+
+
+def test_functions_stay_short():
+    long = []
+    for path in FILES:
+        code = code_lines(path.read_text())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and len(code & set(range(node.lineno, node.end_lineno + 1))) > MOST_LINES_OF_A_FUNCTION
+            ):
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not long, long
+
+
+def test_every_chapter_shows_itself():
+    from effkit import tour
+
+    assert [showcase.paradigm for showcase in tour.showcases()] == list(PARADIGMS)
+    assert all(showcase.exhibits for showcase in tour.showcases())
+
+
+def test_importing_effkit_brings_no_peer():
+    import subprocess
+
+    code = f"import sys, effkit; print(sorted({PEERS!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
