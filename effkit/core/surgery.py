@@ -167,6 +167,10 @@ def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
 
 def bake(module: nn.Module) -> nn.Module:
     """Makes parametrized tensors plain again, with the values they had: what a mask or a weight norm computed stays."""
+    if parametrize.is_parametrized(module):  # copies share the class that holds the computed tensors, and would lose them
+        shared = type(module)
+        own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, own)
     for name in list(getattr(module, "parametrizations", {})):
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return module
