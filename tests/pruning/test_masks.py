@@ -16,6 +16,7 @@ from effkit.pruning import Filters, Fisher, Magnitude, masks
 from effkit.pruning.magnitude import below
 from effkit.pruning.masks import keep_largest, mask_of, threshold
 from effkit.pruning.schedules import cubic, cutting_steps
+from effkit.quantization import RTN
 from tests.subjects import gpt, image_task, language_task, mlp, outputs, resnet
 
 sparsities = st.floats(0, 1, exclude_max=True)
@@ -141,6 +142,17 @@ def test_a_mask_composes_with_weight_norm():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
     result = Magnitude(0.5)(layer)
     assert (result.weight == 0).sum() == 12 and parametrize.is_parametrized(result, "weight")
+
+
+def test_rounding_a_masked_model_leaves_the_masked_one_alone():
+    """Copies of a parametrized layer share a class; baking one must not take the mask from the other."""
+    task = image_task()
+    masked = Magnitude(0.5)(mlp(), task)
+    before = outputs(masked, task)
+    for technique in (RTN(8), Magnitude(0.6)):
+        technique(masked, task)
+        bake(copy.deepcopy(masked).layers[0])
+        assert torch.equal(outputs(masked, task), before) and mask_of(masked.layers[0]) is not None
 
 
 def test_a_masked_weight_gets_no_gradient():
