@@ -10,6 +10,7 @@ Source    Reed et al. 2021, arXiv:2112.08429 (torch.fx); static single assignmen
           doi:10.1145/115372.115320.
 """
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -216,8 +217,18 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Graph:
 def _trace(model: nn.Module, tensors: dict[str, Tensor], example: tuple[Tensor, ...]):
     specs: list[TreeSpec] = []
 
+    # modules are copied, so that nothing fake stays behind in an attribute; their tensors are not
+    twin = copy.deepcopy(model, {id(t): t for t in tensors.values()})
+    tables = [table for m in twin.modules() for table in (m._parameters, m._buffers)]
+
     def call(weights, *inputs):
-        leaves, spec = tree_flatten(torch.func.functional_call(model, weights, inputs))
+        handed_in = {id(t): weights[name] for name, t in tensors.items()}
+        placed = [{key: handed_in.get(id(t), t) for key, t in table.items()} for table in tables]
+        for table, new in zip(tables, placed, strict=True):
+            table.update(new)
+        leaves, spec = tree_flatten(twin(*inputs))
+        if any(table.get(key) is not t for table, new in zip(tables, placed, strict=True) for key, t in new.items()):
+            raise ValueError("it puts another tensor in the place of a weight or buffer")
         specs.append(spec)
         return leaves
 

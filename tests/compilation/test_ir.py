@@ -64,6 +64,33 @@ def test_a_nested_output_comes_back_as_it_was():
     assert result["rest"][1:] == [None, 3] and result["twice"].tolist() == [2.0, 2.0]
 
 
+def test_capturing_leaves_nothing_fake_behind():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shared = nn.Linear(3, 3)
+            self.first, self.second, self.last = nn.Sequential(shared), nn.Sequential(shared), None
+
+        def forward(self, x):
+            self.last = self.second(self.first(x))
+            return self.last
+
+    model = Remembers().eval()
+    graph = capture(model, (torch.ones(2, 3),))
+    assert model.last is None and type(model(torch.ones(2, 3))) is torch.Tensor and type(model.first[0].weight) is nn.Parameter
+    assert sum(node.op == "weight" for node in graph.nodes) == 2, "one linear layer, used twice"
+
+
+class Replaces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x + self.calls
+
+
 class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -84,7 +111,7 @@ class Noisy(nn.Module):
         return x + torch.randn_like(x)
 
 
-@pytest.mark.parametrize("model, said", [(Branches(), "cannot be captured"), (Counts(), "writes into"), (Noisy(), "random")])
+@pytest.mark.parametrize("model, said", [(Branches(), "cannot be captured"), (Counts(), "writes into"), (Replaces(), "in the place of"), (Noisy(), "random")])
 def test_what_a_graph_cannot_say_is_refused(model, said):
     with pytest.raises(CannotCompile, match=said):
         capture(model, (torch.ones(3),))
