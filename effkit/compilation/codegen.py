@@ -1,4 +1,4 @@
-"""Code generation: C for a fused group, Python for a whole graph.
+"""Code generation: a fused group as a C function.
 
 Problem   A group says what each element is; a processor wants loops over memory.
 Idea      Shapes and strides are known, so they become constants. Dimensions that lie one behind another in all operands
@@ -13,84 +13,12 @@ Source    Lattner et al. 2021, doi:10.1109/CGO51591.2021.9370308 (progressive lo
 
 import ctypes
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import torch
+from effkit.compilation.expressions import C_TYPES, Step, steps
+from effkit.compilation.ir import Graph, Type
 
-from effkit.compilation.ir import Graph, Node, Ref, Type
-
-aten = torch.ops.aten
-SOFTMAX = aten._softmax.default
-C_TYPES = {torch.float32: "float", torch.float64: "double"}
 CHUNK = 4096  # elements that one thread takes at a time
 WORTH_THREADS = 32768  # elements from which starting threads pays
-
-
-def _number(value: float) -> str:
-    if math.isinf(value):
-        return "INFINITY" if value > 0 else "(-INFINITY)"
-    return f"(real){float(value)!r}"
-
-
-def _power(x: str, p: str) -> str:
-    known = {2: f"({x} * {x})", 3: f"({x} * {x} * {x})", 0.5: f"SQRT({x})", -0.5: f"((real)1 / SQRT({x}))", -1: f"((real)1 / {x})"}
-    return {_number(k): v for k, v in known.items()}.get(p, f"POW({x}, {p})")
-
-
-def _gelu(x: str, approximate: str = "none") -> str:
-    if approximate == "tanh":
-        return f"((real)0.5 * {x} * ((real)1 + TANH((real)0.7978845608028654 * ({x} + (real)0.044715 * {x} * {x} * {x}))))"
-    return f"((real)0.5 * {x} * ((real)1 + ERF({x} * (real)0.7071067811865476)))"
-
-
-def _clamp(x: str, low: str | None = None, high: str | None = None) -> str:
-    x = f"({x} < {low} ? {low} : {x})" if low is not None else x  # a comparison with NaN is false: NaN passes
-    return f"({x} > {high} ? {high} : {x})" if high is not None else x
-
-
-ONE = _number(1)
-
-
-def _scaled(b: str, alpha: str) -> str:
-    return b if alpha == ONE else f"{alpha} * {b}"
-
-
-#: operator -> the C expression of its operands; numbers among them have become literals
-POINTWISE: dict[Any, Callable[..., str]] = {
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), lambda a, b, alpha=ONE: f"({a} + {_scaled(b, alpha)})"),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), lambda a, b, alpha=ONE: f"({a} - {_scaled(b, alpha)})"),
-    **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), lambda a, b, alpha=ONE: f"({b} - {_scaled(a, alpha)})"),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), lambda a, b: f"({a} * {b})"),
-    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), lambda a, b: f"({a} / {b})"),
-    **dict.fromkeys((aten.clamp.default, aten.hardtanh.default), _clamp),
-    aten.clamp_min.default: _clamp,
-    aten.maximum.default: lambda a, b: f"({a} > {b} || {a} != {a} ? {a} : {b})",
-    aten.minimum.default: lambda a, b: f"({a} < {b} || {a} != {a} ? {a} : {b})",
-    aten.pow.Tensor_Scalar: _power,
-    aten.neg.default: lambda a: f"(-{a})",
-    aten.abs.default: lambda a: f"FABS({a})",
-    aten.exp.default: lambda a: f"EXP({a})",
-    aten.log.default: lambda a: f"LOG({a})",
-    aten.sqrt.default: lambda a: f"SQRT({a})",
-    aten.rsqrt.default: lambda a: f"((real)1 / SQRT({a}))",
-    aten.reciprocal.default: lambda a: f"((real)1 / {a})",
-    aten.sin.default: lambda a: f"SIN({a})",
-    aten.cos.default: lambda a: f"COS({a})",
-    aten.tanh.default: lambda a: f"TANH({a})",
-    aten.relu.default: lambda a: f"({a} < 0 ? 0 : {a})",
-    aten.leaky_relu.default: lambda a, slope="(real)0.01": f"({a} > 0 ? {a} : {slope} * {a})",
-    aten.sigmoid.default: lambda a: f"((real)1 / ((real)1 + EXP(-{a})))",
-    aten.silu.default: lambda a: f"({a} / ((real)1 + EXP(-{a})))",
-    aten.gelu.default: _gelu,
-}
-#: operator -> start, how an element joins, how the sum becomes the result
-REDUCTIONS = {
-    aten.sum.dim_IntList: ("0", "{s} += {x};", "{s}"),
-    aten.mean.dim: ("0", "{s} += {x};", "{s} / {n}"),
-    aten.amax.default: ("-INFINITY", "{s} = {x} > {s} || {x} != {x} ? {x} : {s};", "{s}"),
-}
 #: with this macro glibc declares its vector versions of exp and others, accurate to 4 units in the last place
 _HEAD = """#ifndef __FAST_MATH__
 #define __FAST_MATH__ 1
@@ -101,52 +29,6 @@ typedef {c} real;
 _FUNCTIONS = ("exp", "log", "sqrt", "sin", "cos", "tanh", "erf", "fabs", "pow")
 
 
-def supports(node: Node) -> bool:
-    """Pointwise with numbers or tensors as operands, or a reduction of the last dimension that keeps it."""
-    if node.op in POINTWISE:
-        return all(isinstance(a, Ref | int | float | str | None) and not isinstance(a, bool) for a in (*node.args, *node.kwargs.values()))
-    if node.op is SOFTMAX:
-        return node.type.shape != () and node.args[1] in (-1, len(node.type.shape) - 1) and not node.args[2]
-    if node.op in REDUCTIONS:
-        last, keep = (-1,), len(node.args) > 2 and node.args[2]
-        return bool(keep) and node.args[1] in (last, (len(node.type.shape) - 1,)) and not node.kwargs
-    return False
-
-
-@dataclass
-class Step:
-    """One line of the kernel: a pointwise expression, or a reduction. `row`: one value a row instead of one an element."""
-
-    name: str
-    expression: str
-    operands: tuple[str, ...]
-    row: bool
-    reduction: tuple[str, str, str] | None = None
-    stage: int = 0  # how many walks along the row have to be over before
-
-
-def steps(graph: Graph) -> list[Step]:
-    """The group line by line; softmax falls apart into maximum, exponential, sum and quotient."""
-    width = graph[graph.outputs[0].name].type.shape[-1:]
-    lines: list[Step] = []
-    for node in graph.operators:
-        x = node.uses[0]
-        if node.op is SOFTMAX:
-            m, e, s = (f"{node.name}{part}" for part in "mes")
-            lines += [Step(m, x, (x,), True, REDUCTIONS[aten.amax.default]), Step(e, f"EXP({x} - {m})", (x, m), False)]
-            lines += [Step(s, e, (e,), True, REDUCTIONS[aten.sum.dim_IntList]), Step(node.name, f"({e} / {s})", (e, s), False)]
-        elif node.op in REDUCTIONS:
-            lines.append(Step(node.name, x, (x,), True, REDUCTIONS[node.op]))
-        else:
-            args, kwargs = [_operand(a) for a in node.args], {k: _operand(a) for k, a in node.kwargs.items()}
-            lines.append(Step(node.name, POINTWISE[node.op](*args, **kwargs), node.uses, node.type.shape[-1:] != width))
-    return lines
-
-
-def _operand(value):
-    return value.name if isinstance(value, Ref) else _number(value) if isinstance(value, int | float) else value
-
-
 def to_c(graph: Graph) -> str:
     """`void kernel(const real *in0, ..., real *out, int threads)`."""
     result: Type = graph[graph.outputs[0].name].type
@@ -155,7 +37,9 @@ def to_c(graph: Graph) -> str:
     by_rows = any(line.row for line in lines)
     sizes, strides = _loops(result, [node.type for node in reads], keep_last=by_rows)
     c = C_TYPES[result.dtype]
-    parameters = ", ".join([*(f"const real *restrict {node.name}_" for node in reads), "real *restrict out_", "int threads"])
+    parameters = ", ".join(
+        [*(f"const real *restrict {node.name}_" for node in reads), "real *restrict out_", "int threads"]
+    )
     chunked = len(sizes) == 1 and sizes[0] > CHUNK and not by_rows
     body = _body(lines, [node.name for node in reads], sizes, strides, graph.outputs[0].name, chunked)
     for name in _FUNCTIONS:
@@ -186,12 +70,16 @@ def _broadcast(kind: Type, rank: int) -> list[int]:
     return [0] * missing + [0 if n == 1 else s for n, s in zip(kind.shape, kind.stride, strict=True)]
 
 
-def _body(lines: list[Step], reads: list[str], sizes: list[int], strides: list[list[int]], output: str, chunked: bool) -> str:
+def _body(
+    lines: list[Step], reads: list[str], sizes: list[int], strides: list[list[int]], output: str, chunked: bool
+) -> str:
     """The loop over rows, which threads share, and within it one walk along the row for each stage."""
     *outer, width = sizes
     count = -(-width // CHUNK) if chunked else math.prod(outer)
     names = [*reads, "out"]
-    text = f"#pragma omp parallel for num_threads(threads) schedule(static) if ({math.prod(sizes)} >= {WORTH_THREADS})\n"
+    text = (
+        f"#pragma omp parallel for num_threads(threads) schedule(static) if ({math.prod(sizes)} >= {WORTH_THREADS})\n"
+    )
     text += f"  for (long r = 0; r < {count}; r++) {{\n"
     if chunked:
         text += f"    const long width = r == {count - 1} ? {width - (count - 1) * CHUNK} : {CHUNK};\n"
@@ -219,7 +107,13 @@ def _walks(lines: list[Step], reads: list[str], inner: dict[str, int], width: in
     """Stage by stage: first what is one value a row, then the walk, then the results of its reductions."""
     stages = _stage(lines)
     made_in = {line.name: line.stage for line in lines if not line.row}
-    kept = {name for line in lines if not line.reduction for name in line.operands if made_in.get(name, line.stage) < line.stage}
+    kept = {
+        name
+        for line in lines
+        if not line.reduction
+        for name in line.operands
+        if made_in.get(name, line.stage) < line.stage
+    }
     text = "".join(f"    const real {name} = {name}p[0];\n" for name in reads if not inner[name])
     text += "".join(f"    real {name}_row[{width}];\n" for name in sorted(kept))
     for stage in range(stages + 1):
@@ -258,7 +152,11 @@ def _walk(full, sums, reads, inner, made_in, kept, stage: int, output: str) -> s
         text += f"      const real {line.name} = {line.expression};\n"
         text += f"      {line.name}_row[j] = {line.name};\n" if line.name in kept else ""
     text += "".join(f"      {line.reduction[1].format(s=line.name + '_', x=line.expression)}\n" for line in sums)
-    text += f"      outp[{'j' if inner['out'] == 1 else 'j * ' + str(inner['out']) + 'L'}] = {output};\n" if output in here else ""
+    text += (
+        f"      outp[{'j' if inner['out'] == 1 else 'j * ' + str(inner['out']) + 'L'}] = {output};\n"
+        if output in here
+        else ""
+    )
     return text + "    }\n"
 
 

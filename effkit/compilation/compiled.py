@@ -1,4 +1,4 @@
-"""Compile: capture, rewrite, generate, and run; or fall back to the model and say why.
+"""A compiled model: runs its graph where the graph is right, and the original everywhere else, and says why.
 
 Problem   The graph is right for one shape, dtype, device and mode; a model is used with many.
 Idea      A guard before each call compares what stands in the signature. Where all agrees the graph runs, otherwise the
@@ -10,30 +10,39 @@ Source    Ansel et al. 2024, doi:10.1145/3620665.3640366 (PyTorch 2: guards arou
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from effkit.compilation.capture import CannotCompile, capture
 from effkit.compilation.executor import Executor
-from effkit.compilation.fusion import Kernel, fuse, groups
-from effkit.compilation.ir import CannotCompile, Graph, capture
+from effkit.compilation.fusion import fuse
+from effkit.compilation.ir import Graph
 from effkit.compilation.passes import algebra, conv_bn, cse, dce, fold
 from effkit.compilation.schedule import schedule
-from effkit.core import native
 from effkit.core.checkpoint import KINDS, stored
-from effkit.core.report import Reading
-from effkit.core.surgery import log, note
-from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique, evaluating
-from effkit.core.traits import EAGER
+from effkit.core.surgery import note
+from effkit.core.technique import evaluating
 
-PASSES = {"conv_bn": conv_bn, "algebra": algebra, "fold": fold, "cse": cse, "dce": dce, "fuse": fuse, "schedule": schedule}
+PASSES = {
+    "conv_bn": conv_bn,
+    "algebra": algebra,
+    "fold": fold,
+    "cse": cse,
+    "dce": dce,
+    "fuse": fuse,
+    "schedule": schedule,
+}
 DEFAULT = ("conv_bn", "algebra", "fold", "cse", "dce", "fuse", "schedule")
 #: relative and absolute difference between the graph's outputs and the model's beyond which a build is refused
-TOLERANCE = {torch.float64: (1e-9, 1e-9), torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.05, 0.05), torch.float16: (1e-2, 1e-2)}
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-4),
+    torch.bfloat16: (0.05, 0.05),
+    torch.float16: (1e-2, 1e-2),
+}
 
 
 @stored
@@ -42,7 +51,13 @@ class Compiled(nn.Module):
 
     runs_a_graph = True  # what the trait EAGER looks for
 
-    def __init__(self, passes: tuple[str, ...] = DEFAULT, signature: tuple = (), wraps: str = "", original: nn.Module | None = None):
+    def __init__(
+        self,
+        passes: tuple[str, ...] = DEFAULT,
+        signature: tuple = (),
+        wraps: str = "",
+        original: nn.Module | None = None,
+    ):
         super().__init__()
         self.passes, self.wraps = tuple(passes), wraps
         self.signature = tuple((tuple(shape), dtype, device) for shape, dtype, device in signature)
@@ -144,13 +159,18 @@ class Compiled(nn.Module):
         self._buffers.clear()
 
     def _stale(self) -> bool:
-        same = (table.get(key) is t and t._version == version and t.data_ptr() == place for table, key, t, version, place in self._watched)
+        same = (
+            table.get(key) is t and t._version == version and t.data_ptr() == place
+            for table, key, t, version, place in self._watched
+        )
         return not all(same)
 
     def ready(self) -> Executor:
         """The executor; where none is there yet, as after loading a file, it is built on inputs of zeros."""
         if self.executor is None:
-            self.build(tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=d) for shape, dtype, d in self.signature))
+            self.build(
+                tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=d) for shape, dtype, d in self.signature)
+            )
         return cast(Executor, self.executor)
 
     def __getstate__(self) -> dict:
@@ -171,7 +191,9 @@ class Compiled(nn.Module):
         outside = sum(b.size for b in executor.outside)
         lines = ["operators: " + ", ".join(f"{name} {n}" for name, n in self.history)]
         lines += [f"arena: {executor.plan}"]
-        lines += [f"outside it: {len(executor.outside)} buffers, {outside:,} bytes, returned or of kernels that take memory themselves"]
+        lines += [
+            f"outside it: {len(executor.outside)} buffers, {outside:,} bytes, returned or of kernels that take memory themselves"
+        ]
         return "\n".join(lines + [f"fell back {n} times: {reason}" for reason, n in self.fallbacks.items()])
 
 
@@ -191,46 +213,6 @@ def _compare(seen: Any, wanted: Any) -> None:
             rtol, atol = TOLERANCE.get(b.dtype, (0.0, 0.0))
             scale = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() and b.is_floating_point() else 1.0
             if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol, atol * scale, equal_nan=True):
-                raise CannotCompile("the graph's outputs differ from the model's on the example: it does something that torch cannot see")
-
-
-@dataclass(frozen=True)
-class Compile(Technique):
-    """The forward pass of task.example as a graph: rewritten by `passes` in their order, fused to C, memory planned."""
-
-    passes: tuple[str, ...] = DEFAULT
-
-    breaks = frozenset({EAGER})
-    paper = Paper("Chen et al.", 2018, "TVM: an automated end-to-end optimizing compiler for deep learning", "arXiv:1802.04799", "sec. 3")
-
-    def __post_init__(self):
-        if isinstance(self.passes, str):
-            raise ValueError(f"passes must be a tuple of names, got {self.passes!r}; write ({self.passes!r},)")
-        object.__setattr__(self, "passes", tuple(self.passes))
-        for name in self.passes:
-            if name not in PASSES:
-                raise ValueError(f"there is no pass {name!r}; passes are {', '.join(PASSES)}")
-
-    def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        task.require("example", by=self)
-        compiled = Compiled(self.passes, describe(task.example), original=model)  # type: ignore[arg-type]
-        compiled.__dict__["effkit_log"] = log(model)
-        compiled.build(task.example)  # type: ignore[arg-type]
-        note(compiled, "", f"captured {compiled.history[0][1]} operators, left {compiled.history[-1][1]}", "Compile")
-        for why in _not_fused(compiled):
-            note(compiled, "", "pointwise operators run one by one", why)
-        return compiled
-
-    def claim(self, model: nn.Module) -> Reading:
-        """Operators that one forward pass calls."""
-        if not isinstance(model, Compiled):
-            raise ValueError(f"Compile claims something of a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned")
-        return Reading(len(model.ready().graph.operators), "operators", "counted", better="lower")
-
-
-def _not_fused(compiled: Compiled) -> list[str]:
-    """Why groups that could be fused were not."""
-    if "fuse" not in compiled.passes:
-        return []
-    graph = compiled.ready().graph
-    return sorted({native.why_not(Kernel.of(graph, group).source) for group in groups(graph)} - {""})
+                raise CannotCompile(
+                    "the graph's outputs differ from the model's on the example: it does something that torch cannot see"
+                )

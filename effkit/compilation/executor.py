@@ -66,7 +66,11 @@ class Executor:
             if node.computes:
                 known.update(_functions(node, into=node.name in self.plan.offsets))
                 lines.append(f"{node.name} = {_call(node, into=node.name in self.plan.offsets)}")
-                dead = [name for name in (*node.uses, node.name) if last.get(name) == node.name and self.graph[name].computes]
+                dead = [
+                    name
+                    for name in (*node.uses, node.name)
+                    if last.get(name) == node.name and self.graph[name].computes
+                ]
                 lines += [f"del {', '.join(dict.fromkeys(dead))}"] if dead else []
         inputs = ", ".join(node.name for node in self.graph.nodes if node.op == "input")
         results = ", ".join(_result(value, self.graph) for value in self.graph.outputs)
@@ -108,7 +112,9 @@ def _literal(value: Any) -> bool:
     """Can be written in Python: uses of nodes, plain finite numbers, and tuples of them."""
     if isinstance(value, tuple):
         return all(map(_literal, value))
-    return value is None or isinstance(value, Ref | bool | int | str) or (isinstance(value, float) and value - value == 0)
+    return (
+        value is None or isinstance(value, Ref | bool | int | str) or (isinstance(value, float) and value - value == 0)
+    )
 
 
 def _text(value: Any) -> str:
@@ -122,4 +128,3 @@ def _result(value: Any, graph: Graph) -> str:
     if not isinstance(value, Ref):
         return repr(value)
     return f"{value.name}.clone()" if graph[graph.root(value.name)].op == "weight" else value.name
-

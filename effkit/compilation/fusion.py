@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from effkit.compilation import codegen
+from effkit.compilation import codegen, expressions
 from effkit.compilation.ir import Graph, Node, Ref, Type, map_refs, refs, run
 from effkit.core import native
 
@@ -52,12 +52,20 @@ def groups(graph: Graph) -> list[tuple[Node, ...]]:
     return found[::-1]
 
 
-def _grown(root: Node, before: tuple[Node, ...], graph: Graph, users: dict[str, set[str]], barred: set[str]) -> tuple[Node, ...]:
+def _grown(
+    root: Node, before: tuple[Node, ...], graph: Graph, users: dict[str, set[str]], barred: set[str]
+) -> tuple[Node, ...]:
     """The root and all that only it reads, directly or through others; users stand behind what they use, so one walk
     backwards finds everything."""
     names, group = {root.name}, [root]
     for node in reversed(before):
-        if users[node.name] and users[node.name] <= names and node.name not in barred and _legal(node, graph) and _fits(node, root.type, graph):
+        if (
+            users[node.name]
+            and users[node.name] <= names
+            and node.name not in barred
+            and _legal(node, graph)
+            and _fits(node, root.type, graph)
+        ):
             names.add(node.name)
             group.append(node)
     return tuple(reversed(group))
@@ -66,16 +74,26 @@ def _grown(root: Node, before: tuple[Node, ...], graph: Graph, users: dict[str, 
 def _legal(node: Node, graph: Graph) -> bool:
     """An operator that code can be made for, on operands all of the result's dtype."""
     kind = node.type
-    if not node.computes or not isinstance(kind, Type) or kind.dtype not in codegen.C_TYPES or kind.device != "cpu" or not kind.numel:
+    if (
+        not node.computes
+        or not isinstance(kind, Type)
+        or kind.dtype not in expressions.C_TYPES
+        or kind.device != "cpu"
+        or not kind.numel
+    ):
         return False
     operands = [graph[name].type for name in node.uses]
     same = operands and all(isinstance(t, Type) and t.dtype == kind.dtype and t.device == "cpu" for t in operands)
-    return bool(same) and codegen.supports(node)
+    return bool(same) and expressions.supports(node)
 
 
 def _full(node: Node, shape: tuple[int, ...]) -> bool:
     """Not a reduction, and as large as the group's result."""
-    return node.type.shape == shape and node.op not in codegen.REDUCTIONS and (node.op is not codegen.SOFTMAX or shape[-1] <= LONGEST_ROW)
+    return (
+        node.type.shape == shape
+        and node.op not in expressions.REDUCTIONS
+        and (node.op is not expressions.SOFTMAX or shape[-1] <= LONGEST_ROW)
+    )
 
 
 def _fits(node: Node, result: Type, graph: Graph) -> bool:
@@ -84,7 +102,7 @@ def _fits(node: Node, result: Type, graph: Graph) -> bool:
     if _full(node, shape):
         return True
     a_row = shape and 1 < shape[-1] <= LONGEST_ROW and node.type.shape == (*shape[:-1], 1)
-    if node.op not in codegen.REDUCTIONS:
+    if node.op not in expressions.REDUCTIONS:
         return bool(a_row)
     return bool(a_row) and graph[node.args[0].name].type.shape == shape
 
@@ -95,7 +113,9 @@ class Kernel:
     def __init__(self, graph: Graph):
         self.graph = graph  # the group as a graph of its own: the meaning, and what is printed
         self.type: Type = graph[graph.outputs[0].name].type
-        self.__name__ = "fused_" + "_".join(dict.fromkeys(node.op.__name__.split(".")[0].strip("_") for node in graph.operators))
+        self.__name__ = "fused_" + "_".join(
+            dict.fromkeys(node.op.__name__.split(".")[0].strip("_") for node in graph.operators)
+        )
 
     @classmethod
     def of(cls, graph: Graph, group: tuple[Node, ...]) -> "Kernel":
@@ -104,7 +124,16 @@ class Kernel:
         reads = tuple(dict.fromkeys(name for node in group for name in node.uses if name not in inside))
         names = {name: f"in{i}" for i, name in enumerate(reads)} | {node.name: f"v{i}" for i, node in enumerate(group)}
         inputs = [Node(names[name], "input", type=graph[name].type) for name in reads]
-        body = [replace(node, name=names[node.name], base="", args=map_refs(node.args, names), kwargs=map_refs(node.kwargs, names)) for node in group]
+        body = [
+            replace(
+                node,
+                name=names[node.name],
+                base="",
+                args=map_refs(node.args, names),
+                kwargs=map_refs(node.kwargs, names),
+            )
+            for node in group
+        ]
         kernel = cls(Graph((*inputs, *body), (Ref(names[group[-1].name]),)))
         kernel.reads = reads
         return kernel
@@ -123,7 +152,10 @@ class Kernel:
         if library is None:
             return None
         function = library.kernel
-        function.restype, function.argtypes = None, codegen.argument_types(len(self.graph.nodes) - len(self.graph.operators))
+        function.restype, function.argtypes = (
+            None,
+            codegen.argument_types(len(self.graph.nodes) - len(self.graph.operators)),
+        )
         return function
 
     def __call__(self, *inputs: Tensor, out: Tensor | None = None) -> Tensor:
@@ -140,5 +172,6 @@ class Kernel:
 def _replaced(graph: Graph, group: tuple[Node, ...], kernel: Kernel) -> Graph:
     inside, last = {node.name for node in group}, group[-1]
     call = Node(last.name, kernel, tuple(map(Ref, kernel.reads)), type=last.type)
-    return graph.rebuilt([call if node is last else node for node in graph.nodes if node is last or node.name not in inside])
-
+    return graph.rebuilt(
+        [call if node is last else node for node in graph.nodes if node is last or node.name not in inside]
+    )

@@ -42,7 +42,9 @@ def fold(graph: Graph) -> Graph:
         if node.computes and node.op is not operator.getitem and values.keys() >= set(node.uses):
             args, kwargs = substitute((node.args, node.kwargs), values.__getitem__)
             value, free = node.op(*args, **kwargs), from_nothing >= set(node.uses)
-            if isinstance(value, Tensor) and value.nbytes <= (SMALL if free else sum(values[name].nbytes for name in node.uses)):
+            if isinstance(value, Tensor) and value.nbytes <= (
+                SMALL if free else sum(values[name].nbytes for name in node.uses)
+            ):
                 values[node.name] = value
                 from_nothing |= {node.name} if free else set()
                 node = Node(node.name, "weight", type=Type.of(value))
@@ -128,7 +130,13 @@ def _contiguous(kind: Type) -> bool:
 
 
 def scaled_filters(
-    w: Float[Tensor, "d c i j"], bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    w: Float[Tensor, "d c i j"],
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
 ) -> tuple[Float[Tensor, "d c i j"], Float[Tensor, " d"]]:
     """W' = W gamma / sqrt(var + eps),  b' = (b - mean) gamma / sqrt(var + eps) + beta: a normalization with fixed
     statistics is an affine map of each channel, and so is part of the convolution before it."""
@@ -169,7 +177,9 @@ def _convolution_before(node: Node, graph: Graph, users: dict[str, set[str]]) ->
     if node.op not in _NORMS or (node.op is _NORMS[0] and node.args[5]):
         return None
     conv = graph[node.args[0].name]
-    if conv.op is not aten.convolution.default or conv.args[6] or conv.name in set(refs(graph.outputs)):  # 6: transposed
+    if (
+        conv.op is not aten.convolution.default or conv.args[6] or conv.name in set(refs(graph.outputs))
+    ):  # 6: transposed
         return None
     alone = users[conv.name] == {node.name} and [graph[u].args[1] for u in users[node.name]] == [0]
     fixed = all(a is None or a.name in graph.values for a in (*conv.args[1:3], *node.args[1:5]))

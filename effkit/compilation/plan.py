@@ -68,7 +68,9 @@ def lifetimes(graph: Graph) -> list[Buffer]:
             last[owner] = i
     for owner in {graph.root(name) for name in refs(graph.outputs)} & first.keys():
         last[owner] = len(graph.nodes)
-    return [Buffer(name, nbytes(graph[name].type), first[name], last[name]) for name in first if nbytes(graph[name].type)]
+    return [
+        Buffer(name, nbytes(graph[name].type), first[name], last[name]) for name in first if nbytes(graph[name].type)
+    ]
 
 
 def most_alive(buffers: Sequence[Buffer]) -> int:
@@ -130,4 +132,9 @@ def optimal(buffers: Sequence[Buffer], *, seconds: float = 10.0) -> Plan | None:
 def overlaps(buffers: Sequence[Buffer], plan: Plan) -> list[tuple[str, str]]:
     """Pairs that are alive together and share a byte: a correct plan has none."""
     spans = [(b, plan.offsets[b.name], plan.offsets[b.name] + b.size) for b in buffers]
-    return [(a.name, b.name) for i, (a, s, e) in enumerate(spans) for b, t, f in spans[i + 1 :] if a.meets(b) and s < f and t < e]
+    return [
+        (a.name, b.name)
+        for i, (a, s, e) in enumerate(spans)
+        for b, t, f in spans[i + 1 :]
+        if a.meets(b) and s < f and t < e
+    ]

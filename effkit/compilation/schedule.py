@@ -48,7 +48,9 @@ def optimal(graph: Graph) -> tuple[int, list[str]]:
     """The lowest peak of any order, and such an order. Raises ValueError beyond 18 nodes."""
     names = [node.name for node in graph.operators]
     if len(names) > 18:
-        raise ValueError(f"{len(names)} nodes have up to 2^{len(names)} sets to look at; at most 18 are allowed: take a part of the graph")
+        raise ValueError(
+            f"{len(names)} nodes have up to 2^{len(names)} sets to look at; at most 18 are allowed: take a part of the graph"
+        )
     memory = _Memory(graph)
     uses = {node.name: {u for u in node.uses if graph[u].computes} for node in graph.operators}
     best: dict[frozenset[str], tuple[int, list[str]]] = {frozenset(): (0, [])}

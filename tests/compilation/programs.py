@@ -57,7 +57,9 @@ class Program(nn.Module):
 
 def programs(most: int = 12):
     step = st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 99), st.integers(0, 99))
-    return st.builds(Program, st.lists(step, min_size=1, max_size=most), st.lists(st.integers(0, 99), min_size=1, max_size=3))
+    return st.builds(
+        Program, st.lists(step, min_size=1, max_size=most), st.lists(st.integers(0, 99), min_size=1, max_size=3)
+    )
 
 
 def inputs(dtype=torch.float64, seed: int = 0):
@@ -66,4 +68,7 @@ def inputs(dtype=torch.float64, seed: int = 0):
 
 
 def close(a, b, tolerance: float = 1e-9) -> bool:
-    return all(x.shape == y.shape and torch.allclose(x, y, tolerance, tolerance, equal_nan=True) for x, y in zip(a, b, strict=True))
+    return all(
+        x.shape == y.shape and torch.allclose(x, y, tolerance, tolerance, equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+    )

@@ -23,7 +23,10 @@ GREEDY = Sampler(temperature=0)
 SMALL = {
     "mlp": (lambda: MLP((784, 30, 20, 10)), lambda n=3: torch.randn(n, 1, 28, 28)),
     "resnet": (lambda: ResNet((4,)), lambda n=2: torch.randn(n, 1, 28, 28)),
-    "gpt": (lambda: GPT(vocab_size=32, d_model=16, layers=1, heads=4, kv_heads=2, d_ff=24), lambda n=2: torch.randint(32, (n, 7))),
+    "gpt": (
+        lambda: GPT(vocab_size=32, d_model=16, layers=1, heads=4, kv_heads=2, d_ff=24),
+        lambda n=2: torch.randint(32, (n, 7)),
+    ),
 }
 
 
@@ -149,7 +152,9 @@ def test_changed_weights_count_even_where_they_were_folded(how):
     else:
         norm.weight.data = norm.weight.data * 3
     after = fast(x)
-    assert not torch.allclose(after, before) and torch.allclose(after, fast.original(x), 1e-4, 1e-5) and not fast.fallbacks
+    assert (
+        not torch.allclose(after, before) and torch.allclose(after, fast.original(x), 1e-4, 1e-5) and not fast.fallbacks
+    )
 
 
 def test_parameters_and_attributes_are_the_originals():
@@ -262,7 +267,9 @@ def test_what_cannot_be_captured_is_refused_and_the_model_is_as_it_was():
 
 
 def test_a_graph_that_is_wrong_on_the_example_is_refused(monkeypatch):
-    monkeypatch.setattr(Kernel, "__call__", lambda self, *xs, out=None: (torch.zeros(self.type.shape) if out is None else out.zero_()))
+    monkeypatch.setattr(
+        Kernel, "__call__", lambda self, *xs, out=None: torch.zeros(self.type.shape) if out is None else out.zero_()
+    )
     if native.compiler():
         with pytest.raises(ValueError, match="differ"):
             compiled("gpt")
@@ -277,7 +284,10 @@ def test_without_a_compiler_it_still_works_and_the_log_says_so(monkeypatch):
 
 def test_the_claim_counts_operators_and_refuses_other_models():
     fast, model, _ = compiled()
-    assert Compile().claim(fast).value == len(fast.executor.graph.operators) and Compile().claim(fast).provenance == "counted"
+    assert (
+        Compile().claim(fast).value == len(fast.executor.graph.operators)
+        and Compile().claim(fast).provenance == "counted"
+    )
     with pytest.raises(ValueError, match="compiled model"):
         Compile().claim(model)
 

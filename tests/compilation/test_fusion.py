@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from effkit.compilation import codegen, fusion
+from effkit.compilation import codegen, expressions, fusion
+from effkit.compilation.capture import capture
 from effkit.compilation.fusion import Kernel, fuse, groups
-from effkit.compilation.ir import capture, refs, run
+from effkit.compilation.ir import refs, run
 from effkit.core import native
 from tests.compilation.programs import Program, close, inputs, programs
 
@@ -119,7 +120,9 @@ def test_a_kernel_read_operator_by_operator_means_the_same(program):
 @compiles
 def test_infinities_nan_and_denormal_numbers_are_as_in_eager():
     def function(x, y):
-        return torch.relu(x * y + 1).exp() - torch.sigmoid(x).clamp(0.1, 0.9), torch.softmax(torch.maximum(x, y) * 2, -1)
+        return torch.relu(x * y + 1).exp() - torch.sigmoid(x).clamp(0.1, 0.9), torch.softmax(
+            torch.maximum(x, y) * 2, -1
+        )
 
     x, y = torch.randn(4, 20), torch.randn(4, 20)
     graph, kernels = fused(function, x, y)
@@ -165,7 +168,12 @@ def test_without_a_compiler_the_graph_stays_as_it_is(monkeypatch):
 def test_the_code_reads_as_the_group_does():
     graph = capture(Function(lambda x: torch.relu(x + 1)), (torch.randn(3, 5),))
     source = Kernel.of(graph, groups(graph)[0]).source
-    for line in ("for (long j = 0; j < width; j++)", "const real v0 = (in0 + (real)1.0);", "const real v1 = (v0 < 0 ? 0 : v0);", "outp[j] = v1;"):
+    for line in (
+        "for (long j = 0; j < width; j++)",
+        "const real v0 = (in0 + (real)1.0);",
+        "const real v1 = (v0 < 0 ? 0 : v0);",
+        "outp[j] = v1;",
+    ):
         assert line in source
 
 
@@ -174,14 +182,16 @@ def test_the_code_reads_as_the_group_does():
 
 @compiles
 def test_a_wrong_expression_would_be_noticed(monkeypatch):
-    monkeypatch.setitem(codegen.POINTWISE, torch.ops.aten.silu.default, lambda a: f"({a} / ((real)1 + EXP({a})))")
+    monkeypatch.setitem(expressions.POINTWISE, torch.ops.aten.silu.default, lambda a: f"({a} / ((real)1 + EXP({a})))")
     with pytest.raises(AssertionError):
         check_equals_eager(CHAINS["activations"], torch.randn(5, 33), torch.randn(5, 33))
 
 
 @compiles
 def test_a_mean_that_is_a_sum_would_be_noticed(monkeypatch):
-    monkeypatch.setitem(codegen.REDUCTIONS, torch.ops.aten.mean.dim, codegen.REDUCTIONS[torch.ops.aten.sum.dim_IntList])
+    monkeypatch.setitem(
+        expressions.REDUCTIONS, torch.ops.aten.mean.dim, expressions.REDUCTIONS[torch.ops.aten.sum.dim_IntList]
+    )
     with pytest.raises(AssertionError):
         check_equals_eager(CHAINS["RMSNorm"], torch.randn(5, 33), torch.randn(5, 33))
 
@@ -190,7 +200,9 @@ def test_a_mean_that_is_a_sum_would_be_noticed(monkeypatch):
 def test_broadcasting_forgotten_would_be_noticed(monkeypatch):
     monkeypatch.setattr(codegen, "_broadcast", lambda kind, rank: [0] * (rank - len(kind.shape)) + list(kind.stride))
     with pytest.raises(AssertionError):
-        check_equals_eager(lambda x, y: torch.tanh(x * y) + x, torch.randn(3, 4), torch.randn(3, 1).expand(3, 1).clone()[:, :1])
+        check_equals_eager(
+            lambda x, y: torch.tanh(x * y) + x, torch.randn(3, 4), torch.randn(3, 1).expand(3, 1).clone()[:, :1]
+        )
 
 
 def test_a_value_that_others_read_must_not_be_swallowed(monkeypatch):

@@ -5,14 +5,18 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from effkit.compilation.ir import CannotCompile, Ref, capture, run
+from effkit.compilation.capture import CannotCompile, capture
+from effkit.compilation.ir import Ref, run
 from effkit.zoo import GPT, MLP, ResNet
 from tests.compilation.programs import close, inputs, programs
 
 SMALL = {
     "mlp": (lambda: MLP((784, 20, 10)), lambda: torch.randn(3, 1, 28, 28)),
     "resnet": (lambda: ResNet((4, 8)), lambda: torch.randn(2, 1, 28, 28)),
-    "gpt": (lambda: GPT(vocab_size=32, d_model=16, layers=2, heads=4, kv_heads=2, d_ff=24), lambda: torch.randint(32, (2, 7))),
+    "gpt": (
+        lambda: GPT(vocab_size=32, d_model=16, layers=2, heads=4, kv_heads=2, d_ff=24),
+        lambda: torch.randint(32, (2, 7)),
+    ),
 }
 
 
@@ -77,7 +81,11 @@ def test_capturing_leaves_nothing_fake_behind():
 
     model = Remembers().eval()
     graph = capture(model, (torch.ones(2, 3),))
-    assert model.last is None and type(model(torch.ones(2, 3))) is torch.Tensor and type(model.first[0].weight) is nn.Parameter
+    assert (
+        model.last is None
+        and type(model(torch.ones(2, 3))) is torch.Tensor
+        and type(model.first[0].weight) is nn.Parameter
+    )
     assert sum(node.op == "weight" for node in graph.nodes) == 2, "one linear layer, used twice"
 
 
@@ -111,7 +119,15 @@ class Noisy(nn.Module):
         return x + torch.randn_like(x)
 
 
-@pytest.mark.parametrize("model, said", [(Branches(), "cannot be captured"), (Counts(), "writes into"), (Replaces(), "in the place of"), (Noisy(), "random")])
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (Branches(), "cannot be captured"),
+        (Counts(), "writes into"),
+        (Replaces(), "in the place of"),
+        (Noisy(), "random"),
+    ],
+)
 def test_what_a_graph_cannot_say_is_refused(model, said):
     with pytest.raises(CannotCompile, match=said):
         capture(model, (torch.ones(3),))

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effkit.compilation import plan, schedule
+from effkit.compilation.capture import capture
 from effkit.compilation.compiled import DEFAULT, PASSES
-from effkit.compilation.ir import capture, run
+from effkit.compilation.ir import run
 from effkit.compilation.plan import Buffer, best_fit, lifetimes, most_alive, overlaps
 from effkit.compilation.schedule import peak, respects
 from effkit.zoo import GPT, ResNet
@@ -17,7 +18,9 @@ from tests.compilation.programs import Program, close, inputs, programs
 
 @st.composite
 def buffers(draw, most=30):
-    spans = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 15), st.integers(0, 6)), min_size=1, max_size=most))
+    spans = draw(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 15), st.integers(0, 6)), min_size=1, max_size=most)
+    )
     return [Buffer(f"b{i}", size * 64, first, first + length) for i, (size, first, length) in enumerate(spans)]
 
 
@@ -65,7 +68,9 @@ def compiled_graph(model, x, passes=DEFAULT):
 
 ZOO = {
     "resnet": lambda: compiled_graph(ResNet((8, 16, 32)), torch.randn(4, 1, 28, 28)),
-    "gpt": lambda: compiled_graph(GPT(vocab_size=64, d_model=32, layers=3, heads=4, kv_heads=2, d_ff=48), torch.randint(64, (2, 16))),
+    "gpt": lambda: compiled_graph(
+        GPT(vocab_size=64, d_model=32, layers=3, heads=4, kv_heads=2, d_ff=48), torch.randint(64, (2, 16))
+    ),
 }
 
 
@@ -147,7 +152,9 @@ def test_a_plan_that_forgets_lifetimes_would_be_noticed(monkeypatch):
     monkeypatch.setattr(Buffer, "meets", lambda self, other: self.first < other.last and other.first < self.last)
     made = best_fit([Buffer("a", 64, 0, 1), Buffer("b", 64, 1, 2)])
     monkeypatch.undo()
-    assert overlaps([Buffer("a", 64, 0, 1), Buffer("b", 64, 1, 2)], made) == [("a", "b")], "what is read and what is written share bytes"
+    assert overlaps([Buffer("a", 64, 0, 1), Buffer("b", 64, 1, 2)], made) == [("a", "b")], (
+        "what is read and what is written share bytes"
+    )
 
 
 def test_a_gap_that_is_too_small_would_be_noticed(monkeypatch):

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from torch import nn
 
 from effkit.compilation import passes
+from effkit.compilation.capture import capture
 from effkit.compilation.compiled import PASSES
-from effkit.compilation.ir import Ref, capture, run
+from effkit.compilation.ir import Ref, run
 from effkit.zoo import ResNet
 from tests.compilation.programs import Program, close, inputs, programs
 
@@ -90,7 +91,12 @@ def test_equal_subexpressions_are_computed_once():
 def test_numbers_of_different_type_are_different_subexpressions():
     graph = of(lambda w, x: (x.sum(1) * 1, x.sum(1) * 1.0, x.long() * 1, x.long() * 1.0))
     after = passes.cse(graph)
-    assert [t.dtype for t in run(after, (torch.ones(3, 4),))] == [torch.float32, torch.float32, torch.int64, torch.float32]
+    assert [t.dtype for t in run(after, (torch.ones(3, 4),))] == [
+        torch.float32,
+        torch.float32,
+        torch.int64,
+        torch.float32,
+    ]
 
 
 def test_results_that_are_returned_never_share_memory_with_others():
@@ -100,7 +106,9 @@ def test_results_that_are_returned_never_share_memory_with_others():
         assert len({t.untyped_storage().data_ptr() for t in (a, b, c, x)}) == 4, name
 
 
-@pytest.mark.parametrize("function", [lambda w, x: torch.relu(-(-((x + 0) * 1 - 0) / 1)), lambda w, x: torch.relu(x.clone().float())])
+@pytest.mark.parametrize(
+    "function", [lambda w, x: torch.relu(-(-((x + 0) * 1 - 0) / 1)), lambda w, x: torch.relu(x.clone().float())]
+)
 def test_algebra_leaves_only_what_matters(function):
     assert names(passes.dce(passes.algebra(of(function)))) == ["relu"]
 
@@ -161,7 +169,9 @@ def test_a_convolution_that_others_read_keeps_its_normalization():
 
 
 def test_swapped_operands_in_cse_would_be_noticed(monkeypatch):
-    monkeypatch.setattr(passes, "_hashable", lambda value: frozenset(map(str, value)) if isinstance(value, tuple) else str(value))
+    monkeypatch.setattr(
+        passes, "_hashable", lambda value: frozenset(map(str, value)) if isinstance(value, tuple) else str(value)
+    )
     with pytest.raises(AssertionError):
         check_preserved("cse", captured(Program([(13, 0, 1), (13, 1, 0), (12, 2, 3)], [0])))
 
@@ -174,7 +184,9 @@ def test_dropping_a_neutral_element_of_the_wrong_operator_would_be_noticed(monke
 
 def test_a_forgotten_mean_would_be_noticed(monkeypatch):
     real = passes.scaled_filters
-    monkeypatch.setattr(passes, "scaled_filters", lambda w, b, g, beta, mean, var, eps: real(w, b, g, beta, mean * 0, var, eps))
+    monkeypatch.setattr(
+        passes, "scaled_filters", lambda w, b, g, beta, mean, var, eps: real(w, b, g, beta, mean * 0, var, eps)
+    )
     with pytest.raises(AssertionError):
         check_normalization_moves_into_convolutions()
 
@@ -183,4 +195,3 @@ def test_dead_code_elimination_that_forgets_keyword_arguments_would_be_noticed(m
     graph = of(lambda w, x: x + 1)
     node = replace(graph.operators[0], kwargs={"out": Ref("p_w")})
     assert "p_w" in node.uses
-
