@@ -148,7 +148,12 @@ class SVD(Technique):
         if self.energy is not None:
             found = [by_energy(s, self.energy) for s in spectra]
             return [rank if rank <= most else None for rank, most in zip(found, useful, strict=True)]
-        return by_budget(spectra, shapes, int((0.5 if self.keep is None else self.keep) * sum(m * n for m, n in shapes)))
+        budget = (0.5 if self.keep is None else self.keep) * sum(m * n for m, n in shapes)
+        return by_budget([s * self.weight_of(s, *shape) for s, shape in zip(spectra, shapes, strict=True)], shapes, int(budget))
+
+    def weight_of(self, singular: Float[Tensor, " k"], rows: int, columns: int) -> float:
+        """What a layer's singular values are multiplied by, to be compared with other layers'."""
+        return 1.0
 
     def claim(self, model: nn.Module) -> Reading:
         """What the factorized layers hold, as a share of what they held before."""
