@@ -20,7 +20,7 @@ from effkit.core.report import Reading, Report, Table
 from effkit.core.task import Task
 from effkit.core.technique import evaluating
 from effkit.measure.carbon import carbon, grid_intensity, places
-from effkit.measure.energy import Power, energy
+from effkit.measure.energy import Power, energy, once
 from effkit.measure.latency import interleaved, latency, median_interval, samples
 from effkit.measure.macs import Counted, count, flops, intensity, macs, plain
 from effkit.measure.memory import peak, resident
@@ -108,6 +108,6 @@ def _used(run: Callable[[], object], seconds: Reading, items: tuple[int, str], b
 __all__ = [
     "Counted", "Decode", "Forward", "Paired", "Power", "Processor", "Roofline", "TrainStep", "Work",
     "carbon", "compare", "count", "disk_bytes", "energy", "flops", "grid_intensity", "intensity", "interleaved",
-    "latency", "macs", "mcnemar", "measure", "median_interval", "nonzeros", "paired", "parameters", "peak", "places",
+    "latency", "macs", "mcnemar", "measure", "median_interval", "nonzeros", "once", "paired", "parameters", "peak", "places",
     "processor", "quality", "resident", "roofline", "samples",
 ]  # fmt: skip

@@ -14,10 +14,12 @@ Source    Khan et al. 2018, doi:10.1145/3177754 (RAPL); Lannelongue et al. 2021,
 import importlib
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm.auto import trange
@@ -27,6 +29,7 @@ from effkit.core.report import Reading
 from effkit.measure.latency import latency, summary, synchronize, threads
 
 POWERCAP = Path("/sys/class/powercap")
+Result = TypeVar("Result")
 WINDOWS = 5  # differences taken, so that there is a spread
 
 
@@ -122,6 +125,24 @@ def energy(
         counted = _counted(function, meters, max(1, math.ceil(budget_s / WINDOWS / seconds.value)))
         if counted.value > 0:  # virtual machines may show counters that stand still
             return counted
+    return _estimated(seconds, power)
+
+
+def once(function: Callable[[], Result], *, power: Power = Power()) -> tuple[Result, Reading, Reading]:
+    """What a single call returns, its seconds, and its joules: for work too dear to repeat. One sample has no spread,
+    but an assumed power keeps its own."""
+    meters = counters()
+    before, start = sum(meter.joules() for meter in meters), time.perf_counter()
+    result = function()
+    synchronize()
+    seconds = Reading(time.perf_counter() - start, "s", "measured", better="lower", note=f"n = 1, {threads()}")
+    used = sum(meter.joules() for meter in meters) - before
+    name = " and ".join(meter.name for meter in meters)
+    counted = Reading(used, "J", "measured", better="lower", note=f"n = 1, {name}")
+    return result, seconds, counted if used > 0 else _estimated(seconds, power)
+
+
+def _estimated(seconds: Reading, power: Power) -> Reading:
     note = f"{seconds.value:.3g} s times {power.core:g} W a core ({power.low:g} to {power.high:g}), {threads()}"
     return replace(seconds * power.reading(), unit="J", better="lower", note=note)
 
