@@ -31,8 +31,9 @@ from effkit.quantization import RTN
 
 COMMAND = "python -m effkit.studies.pairs"
 WINDOWS = 64  # of the test split, 256 tokens each
+#: each alone costs about 0.09 nats a token
 PARTS: dict[str, Technique] = {
-    "quantize": RTN(bits=3, group_size=32),
+    "quantize": RTN(bits=3, group_size=-1),
     "prune": Fisher(sparsity=0.25, pattern="channels", layers="*.ff.*up", examples=64),
     "factorize": SVD(keep=0.8),
 }
