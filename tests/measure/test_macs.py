@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from effkit import zoo
 from effkit.measure import Counted, count, flops, intensity, macs
-from effkit.zoo.gpt import GPT
+from effkit.zoo import GPT, MLP, ResNet
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 TINY = dict(vocab_size=60, d_model=32, layers=2, d_ff=48, context=64)
@@ -60,6 +61,35 @@ def test_equals_flop_counter(make, kernels):
     model.train(make is encoder)  # in evaluation mode flop_counter sees nothing of an encoder layer's fast path
     with sdpa_kernel(kernels or [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         assert macs(model, (x,)).value == peer(lambda: model(x)) > 0
+
+
+def smollm2():
+    """Its real size, on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        model = GPT(
+            vocab_size=49152, d_model=576, layers=30, heads=9, kv_heads=3, d_ff=1536, rope_theta=1e5, context=2048
+        )
+        return model, torch.zeros(1, 7, dtype=torch.long)
+
+
+ZOO = {
+    "mlp": lambda: (MLP(), torch.rand(3, 1, 28, 28)),
+    "lenet-300-100": lambda: (MLP((784, 300, 100, 10)), torch.rand(3, 1, 28, 28)),
+    "resnet": lambda: (ResNet(), torch.rand(3, 1, 28, 28)),
+    "gpt-small": lambda: (GPT(), torch.randint(1024, (2, 40))),
+    "smollm2": smollm2,
+}
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_equals_flop_counter_on_the_zoo(name):
+    """A model that joins the zoo has to join here."""
+    model, x = ZOO[name]()
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert macs(model, (x,)).value == counter.get_total_flops() / 2 > 0
 
 
 @pytest.mark.parametrize("make", [mlp, grouped_queries])
