@@ -35,7 +35,7 @@ PASSES = {
     "fuse": fuse,
     "schedule": schedule,
 }
-DEFAULT = ("conv_bn", "algebra", "fold", "cse", "dce", "fuse", "schedule")
+DEFAULT = ("conv_bn", "algebra", "cse", "fold", "dce", "fuse", "schedule")
 #: relative and absolute difference between the graph's outputs and the model's beyond which a build is refused
 TOLERANCE = {
     torch.float64: (1e-9, 1e-9),
@@ -100,13 +100,20 @@ class Compiled(nn.Module):
             return "training mode"
         if kwargs or any(type(x) not in (Tensor, nn.Parameter) for x in args):
             return "arguments other than positional tensors"
-        if (seen := describe(args)) != self.signature:
-            return f"inputs {_shown(seen)}, compiled for {_shown(self.signature)}"
+        if not self._expected(args):
+            return f"inputs {_shown(describe(args))}, compiled for {_shown(self.signature)}"
         if torch.is_autocast_enabled("cpu"):
             return "autocast"
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*args, *self.original.parameters())):
             return "gradients are wanted; call it under torch.no_grad()"
         return "hooks on inner modules" if any(map(len, self._hooks)) else ""
+
+    def _expected(self, args: tuple) -> bool:
+        """The signature, compared without making strings: this runs before every call."""
+        if len(args) != len(self.signature):
+            return False
+        return all(x.shape == shape and x.dtype is getattr(torch, dtype) and x.device.type == device
+                   for x, (shape, dtype, device) in zip(args, self.signature, strict=True))  # fmt: skip
 
     def _unready(self, args: tuple) -> str:
         """Builds what is missing or stale; why that was impossible, or nothing."""

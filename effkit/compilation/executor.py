@@ -52,10 +52,14 @@ class Executor:
         self._function = self._known["forward"]
         self.busy = threading.Lock()
 
-    @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
-        leaves = self._function(*inputs)
-        return tree_unflatten(leaves, self.graph.spec) if self.graph.spec is not None else leaves
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(*inputs)
+        leaves, spec = self._function(*inputs), self.graph.spec
+        if spec is None:
+            return leaves
+        return leaves[0] if spec.is_leaf() else tree_unflatten(leaves, spec)
 
     def _write(self) -> tuple[str, dict[str, Any]]:
         """The Python source of the graph, and what its names stand for."""

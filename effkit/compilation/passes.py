@@ -3,8 +3,9 @@
 Problem   A captured graph repeats itself, recomputes what never changes, and copies what is already there.
 Idea      Small rewrites, each with one reason to be right, composed by name. Since nodes are in single assignment and
           nothing is written in place, a value may be replaced by any equal value.
-Cost      The order matters: convolutions absorb their normalization while its numbers still stand in the graph;
-          folding leaves dead nodes behind; fusion wants to see what is left.
+Cost      The order matters: convolutions absorb their normalization while its numbers still stand in the graph; equal
+          expressions of weights are no longer seen to be equal once they are folded; folding leaves dead nodes behind;
+          fusion wants to see what is left.
 Care      A caller may write into what it gets. So memory that escapes is never merged with other memory.
 Source    Aho, Lam, Sethi & Ullman 2006, Compilers, ch. 9; conv-bn: Jacob et al. 2017, arXiv:1712.05877, eq. 14.
 """
