@@ -5,8 +5,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+import effkit
 from effkit import zoo
 from effkit.core.generation import Sampler, generate
+from effkit.core.paths import data_dir
 from effkit.speculative import EarlyExit, speculate, speculative_generate
 from effkit.speculative.law import Pass
 from effkit.speculative.speculate import DraftModel, overlap, residual, sample
@@ -66,17 +68,17 @@ def test_joint_distribution_is_the_target_s_by_chi_square(gamma, sampler):
 
 
 def trained():
-    try:
-        return zoo.load("gpt-small")[0]
-    except FileNotFoundError:
+    path = data_dir() / "gpt-small.safetensors"  # zoo.load would also read the whole standard library
+    if not path.exists():
         pytest.skip("gpt-small is not here: effkit train gpt-small")
+    return effkit.load(path).float()
 
 
-def real_p_value(n: int = 700) -> float:
+def real_p_value(n: int = 500) -> float:
     """Two tokens after a prompt of held-out kind, by gpt-small and its own first half."""
     target = trained()
     ids = torch.tensor([zoo.tokenizer("gpt-small").encode("import os\n\ndef main(").ids])
-    return fit(target, EarlyExit(0.5)(target), ids, 2, 1, Sampler(temperature=0.7, top_k=20), n)
+    return fit(target, EarlyExit(0.5)(target), ids, 2, 1, Sampler(temperature=0.7, top_k=20), n, seed=1)
 
 
 @pytest.mark.slow

@@ -108,10 +108,17 @@ def largest_gap(a: dict, b: dict) -> float:
 
 
 def fit(
-    target: nn.Module, draft: nn.Module, ids: torch.Tensor, new: int, gamma: int, sampler: Sampler, n: int
+    target: nn.Module,
+    draft: nn.Module,
+    ids: torch.Tensor,
+    new: int,
+    gamma: int,
+    sampler: Sampler,
+    n: int,
+    seed: int = 0,
 ) -> float:
     """The p-value of "the texts are the target's": chi-square over whole texts, rare ones together in one cell."""
-    wanted, rng = joint(target, ids, new, sampler), torch.Generator().manual_seed(0)
+    wanted, rng = joint(target, ids, new, sampler), torch.Generator().manual_seed(seed)
     settings = dict(gamma=gamma, sampler=sampler, rng=rng)
     made = Counter(
         tuple(speculative_generate(target, draft, ids, new, **settings)[0, ids.shape[1] :].tolist()) for _ in range(n)
