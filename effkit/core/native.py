@@ -32,8 +32,7 @@ def compiler() -> str | None:
 
 def library(source: Path | str) -> ctypes.CDLL | None:
     """The compiled source (a path, or C text), or None where it cannot be compiled here; `why_not` says why."""
-    text = source.read_text() if isinstance(source, Path) else source
-    return _load(text, compiler())
+    return _library(source, os.environ.get("EFFKIT_NO_COMPILER"), os.environ.get("CC"))
 
 
 def why_not(source: Path | str) -> str:
@@ -41,6 +40,12 @@ def why_not(source: Path | str) -> str:
     text = source.read_text() if isinstance(source, Path) else source
     library(text)
     return _failures.get((text, compiler()), "")
+
+
+@cache
+def _library(source: Path | str, *environment: str | None) -> ctypes.CDLL | None:
+    """Cached, since a kernel may be called a thousand times a second; the environment decides which compiler it is."""
+    return _load(source.read_text() if isinstance(source, Path) else source, compiler())
 
 
 _failures: dict[tuple[str, str | None], str] = {}

@@ -20,16 +20,24 @@ def matvec(x: Tensor, store: Any) -> Tensor | None:
         return None
     if torch.is_grad_enabled() and x.requires_grad:
         return None
-    library = native.library(_SOURCE)
-    if library is None:
+    product = _product()
+    if product is None:
         return None
     x32 = x.detach().float().contiguous()
     y = torch.empty(*x.shape[:-1], rows)
     zero = store.zero_point.data_ptr() if store.zero_point is not None else None
-    library.matvec_int4(
-        *map(ctypes.c_void_p, (store.codes.data_ptr(), store.scale.data_ptr(), zero, x32.data_ptr(), y.data_ptr())),
-        ctypes.c_long(rows),
-        ctypes.c_long(columns),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+    product(
+        store.codes.data_ptr(), store.scale.data_ptr(), zero, x32.data_ptr(), y.data_ptr(),
+        rows, columns, torch.get_num_threads(),
+    )  # fmt: skip
     return y.to(x.dtype)
+
+
+def _product():
+    """The compiled function with its argument types, which save ctypes a guess a call."""
+    library = native.library(_SOURCE)
+    if library is None:
+        return None
+    if library.matvec_int4.argtypes is None:
+        library.matvec_int4.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    return library.matvec_int4

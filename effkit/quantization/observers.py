@@ -21,7 +21,7 @@ def min_max(x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False) -> 
 
 
 def least_squares(
-    x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False, shrinks: int = 20, rounds: int = 3
+    x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False, shrinks: int = 12, rounds: int = 2
 ) -> Grid:
     """The grid with the least sum of squared errors among clipped ranges, each refined by the best scale for its codes.
 

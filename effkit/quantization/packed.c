@@ -28,19 +28,19 @@ void matvec_int4(const uint8_t *codes, const uint16_t *scale, const uint8_t *zer
         }
         sums[g] = sum;
     }
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * columns > 65536)
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * columns > 400000) /* below, waking a thread costs more */
     for (long r = 0; r < rows; r++) {
-        float total = 0;
+        float acc[16] = {0}, total = 0; /* sixteen lanes, added up once a row */
         for (long g = 0; g < groups; g++) {
             const uint8_t *byte = codes + (r * groups + g) * 16;
             const float *xs = even_odd + 32 * g;
-            float dot[16];
-            for (int i = 0; i < 16; i++) dot[i] = (float)(byte[i] & 15) * xs[i] + (float)(byte[i] >> 4) * xs[16 + i];
-            float sum = 0;
-            for (int i = 0; i < 16; i++) sum += dot[i];
-            float zero = zero_point ? zero_point[r * groups + g] : 8;
-            total += bfloat16(scale[r * groups + g]) * (sum - zero * sums[g]);
+            float s = bfloat16(scale[r * groups + g]);
+#pragma omp simd
+            for (int i = 0; i < 16; i++)
+                acc[i] += s * ((float)(byte[i] & 15) * xs[i] + (float)(byte[i] >> 4) * xs[16 + i]);
+            total -= s * (zero_point ? zero_point[r * groups + g] : 8) * sums[g];
         }
+        for (int i = 0; i < 16; i++) total += acc[i];
         y[r] = total;
     }
     free(even_odd);
