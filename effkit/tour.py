@@ -8,7 +8,7 @@ import html
 import json
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -92,14 +92,21 @@ def workload(exhibit: Exhibit) -> Work:
 
 
 def title(technique: Technique) -> str:
-    """A technique as its name and the settings that differ from the defaults of its class."""
-    text = repr(technique)
-    return text if len(text) <= 40 else f"{type(technique).__name__}(...)"
+    """A technique's name with the settings that its class does not set by default."""
+    settings = [(f.name, getattr(technique, f.name), f.default) for f in fields(technique)]  # type: ignore[arg-type]
+    return f"{type(technique).__name__}({', '.join(f'{n}={_short(v)}' for n, v, default in settings if v != default)})"
+
+
+def _short(value: object) -> str:
+    return title(value) if isinstance(value, Technique) else repr(value)
 
 
 def verdict(name: str, before: Report, after: Report) -> str:
     """One sentence from the numbers: smaller or not, faster or not and why, and what it costs in quality."""
-    return f"{name}: {_size(before, after)}{_speed(before, after)}; {_score(before, after)}."
+    smaller, faster = ratio(before, after, "bytes on disk") > _FASTER, speedup(before, after) > _FASTER
+    joined = ", and " if smaller == faster else ", but "
+    speed = _faster(before, after) if faster else _not_faster(before, after)
+    return f"{name}: {_size(before, after)}{joined}{speed}{_training(before, after)}; {_score(before, after)}."
 
 
 def ratio(before: Report, after: Report, reading: str) -> float:
@@ -109,37 +116,45 @@ def ratio(before: Report, after: Report, reading: str) -> float:
     return before[reading].value / after[reading].value
 
 
+def speedup(before: Report, after: Report) -> float:
+    """The ratio of the latencies; 1 where the medians differ by no more than the wider interquartile range."""
+    old, new = before["latency"], after["latency"]
+    apart = abs(old.value - new.value) > max(old.spread or 0.0, new.spread or 0.0)
+    return ratio(before, after, "latency") if apart else 1.0
+
+
 def _size(before: Report, after: Report) -> str:
     smaller = ratio(before, after, "bytes on disk")
     if smaller > _FASTER and "parameters" in before:
         sixteen = 2 * before["parameters"].value / after["bytes on disk"].value
-        return f"{smaller:.1f}x smaller on disk than the float32 file, {sixteen:.1f}x than 16 bits a weight would be,"
+        return f"{smaller:.1f}x smaller on disk than the float32 file ({sixteen:.1f}x than 16 bits a weight)"
     if smaller > _FASTER:
         return f"{smaller:.1f}x smaller on disk"
     return "no smaller on disk" if smaller > 1 / _FASTER else f"{1 / smaller:.1f}x larger on disk"
 
 
-def _speed(before: Report, after: Report) -> str:
-    """The speed, and the reason that the other readings give for it."""
-    faster = ratio(before, after, "latency")
-    clear = _apart(before["latency"], after["latency"])
-    joined = " and " if (faster > 1) == (ratio(before, after, "bytes on disk") > _FASTER) else " but "
-    if clear and faster > _FASTER:
-        return f"{joined}{faster:.2f}x faster here, because {_gain(before, after)}"
-    how = f"{1 / faster:.2f}x slower" if clear and faster < 1 / _FASTER else "not faster"
-    return f"{joined.replace(' and ', ' but ')}{how} here, because {_loss(before, after)}"
+def _faster(before: Report, after: Report) -> str:
+    return f"{speedup(before, after):.2f}x faster here, because {_gain(before, after)}"
 
 
-def _apart(a: Reading, b: Reading) -> bool:
-    """True where the medians differ by more than the wider of the two interquartile ranges."""
-    return abs(a.value - b.value) > max(a.spread or 0.0, b.spread or 0.0)
+def _not_faster(before: Report, after: Report) -> str:
+    slower = 1 / speedup(before, after)
+    how = f"{slower:.2f}x slower" if slower > _FASTER else "not faster"
+    return f"{how} here, because {_loss(before, after)}"
+
+
+def _training(before: Report, after: Report) -> str:
+    """Said where a technique freezes parameters, not where it merely has fewer."""
+    fewer = ratio(before, after, "trainable")
+    frozen = fewer > 2 * ratio(before, after, "parameters")
+    return f", with {fewer:.0f}x fewer parameters to train" if frozen else ""
 
 
 def _gain(before: Report, after: Report) -> str:
     if (fewer := ratio(before, after, "macs")) > _FASTER:
         return f"it does {fewer:.1f}x fewer multiplications"
-    if (trained := ratio(before, after, "trainable")) > 2:
-        return f"{trained:.0f}x fewer parameters have gradients and optimizer state"
+    if fewer < 1 / _FASTER:
+        return f"it does {1 / fewer:.1f}x more multiplications, but in fewer passes over the weights"
     if (less := ratio(before, after, "resident memory")) > _FASTER:
         return f"it reads {less:.1f}x fewer bytes for the same multiplications"
     return "the same weights and multiplications are used with less work around them"

@@ -34,7 +34,7 @@ def test_reversed_numbers_give_the_reversed_verdict():
 
 def test_smaller_but_not_faster_says_but_and_why():
     said = tour.verdict("T", report("a", latency=1.0), report("b", latency=1.0, size=25, memory=25))
-    assert "4.0x smaller" in said and "but not faster here, because" in said and "unpack" in said
+    assert "4.0x smaller" in said and ", but not faster here, because" in said and "unpack" in said
 
 
 @pytest.mark.parametrize("new, word", [(0.95, "better"), (0.5, "worse"), (0.9, "the same")])
