@@ -1,0 +1,39 @@
+"""The shipped checkpoints: small, the files that the datasheet describes, and as good as it says."""
+
+import hashlib
+import re
+
+import pytest
+
+from effkit import zoo
+from effkit.core.paths import data_dir
+
+SHEET = (data_dir() / "README.md").read_text()
+CARDS = dict(re.findall(r"\| `([\w-]+)\.safetensors` \|.*\| `([0-9a-f]{16})` \|", SHEET))
+
+
+def test_every_checkpoint_has_its_card_and_its_hash():
+    files = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in data_dir().glob("*.safetensors")}
+    assert files == CARDS
+
+
+def test_together_they_stay_small():
+    assert sum(path.stat().st_size for path in data_dir().glob("*.safetensors")) < 20e6
+
+
+def test_every_checkpoint_has_a_recipe():
+    from effkit.studies.recipes import RECIPES
+
+    assert CARDS.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name, least", [("mlp", 0.97), ("lenet-300-100", 0.93), ("resnet", 0.98)])
+def test_classifiers_are_as_good_as_their_cards(name, least):
+    model, task = zoo.load(name)
+    assert task.per_example(model, task.test).mean() >= least
+
+
+def test_the_language_model_predicts_code_it_never_saw():
+    """Far from the card's figure, which belongs to one Python version; a model that knew nothing would need 3.7 bits."""
+    model, task = zoo.load("gpt-small")
+    assert task.per_example(model, task.val.first(32)).mean() < 1.5
