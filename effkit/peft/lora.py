@@ -133,7 +133,7 @@ class LoRA(Technique):
     layers: str = "*"
     epochs: int = 1
     steps: int | None = None
-    lr: float = 2e-3
+    lr: float = 5e-3
     seed: int = 0
 
     needs = frozenset({UNADAPTED})
