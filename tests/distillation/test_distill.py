@@ -81,6 +81,16 @@ def test_a_teacher_that_still_speaks_at_alpha_one_is_caught(monkeypatch, teacher
         test_alpha_one_is_plain_training_step_by_step(teacher)
 
 
+def test_the_mixture_weighs_labels_by_alpha_and_the_teacher_by_the_rest(teacher):
+    student, task = STUDENT(teacher), images()
+    x, y = batch = task.train.at(0)
+    z, v = student(x), teacher(x)
+    p, q = (v / 3).softmax(1), (z / 3).softmax(1)
+    wanted = 0.2 * F.cross_entropy(z, y) + 0.8 * 9 * (p * (p / q).log()).sum(1).mean()
+    loss = distill.distillation_loss(teacher, task, alpha=0.2, temperature=3.0, divergence="forward")
+    torch.testing.assert_close(loss(student, batch), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_alpha_zero_needs_no_labels_and_ends_near_the_teacher(teacher):
     unlabelled = images(labels=False)
     student = Distill(STUDENT, alpha=0.0, temperature=2.0, epochs=60, lr=2e-2)(teacher, unlabelled)
