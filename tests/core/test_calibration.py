@@ -72,13 +72,13 @@ def test_a_layer_used_twice_has_one_entry_for_both_uses():
 
 def test_nothing_is_kept_on_the_model():
     model, data = Twice().train(), task()
-    model.norm.eval()
+    model.out.eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     calls = []
     model.out.register_forward_hook(lambda *_: calls.append(1))
     gather(model, data)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "BatchNorm's statistics moved"
-    assert model.training and not model.norm.training and model.out.training
+    assert model.training and model.norm.training and not model.out.training
     assert not any(m._forward_pre_hooks for m in model.modules()) and len(model.out._forward_hooks) == 1
     assert len(calls) == 3 and not log(model)
     assert all(p.grad is None for p in model.parameters())
