@@ -1,9 +1,11 @@
 """Counters wrap around and must not count twice; without one a number is an estimate and stays one."""
 
+import sys
+
 import pytest
 
 from effkit.core.report import Reading
-from effkit.measure import Power, carbon, energy, grid_intensity, places
+from effkit.measure import Power, carbon, energy, grid_intensity, once, places
 from effkit.measure.energy import Rapl, counters
 
 RANGE = 1_000_000  # microjoules: these toy counters wrap around every joule
@@ -69,6 +71,17 @@ def test_without_a_counter_energy_is_an_estimate_with_an_interval():
 def test_a_counter_that_stands_still_is_not_believed(powercap):
     reading = energy(lambda: None, seconds=Reading(0.1, "s", "measured"), meters=[Rapl(powercap)], budget_s=0.1)
     assert reading.provenance == "estimated"
+
+
+def test_a_single_call_gives_its_result_and_what_it_took(powercap, monkeypatch):
+    module = sys.modules["effkit.measure.energy"]
+    monkeypatch.setattr(module, "counters", lambda: [Rapl(powercap)])
+    result, seconds, joules = once(lambda: use(powercap, 30_000, ["intel-rapl:0"]) or "done")
+    assert (result, seconds.provenance, seconds.unit) == ("done", "measured", "s")
+    assert (joules.value, joules.provenance) == (pytest.approx(0.03), "measured")
+    monkeypatch.setattr(module, "counters", lambda: [])
+    _, seconds, joules = once(lambda: None)
+    assert joules.provenance == "estimated" and joules.value == seconds.value * Power().reading().value
 
 
 def test_a_folder_without_counters_has_none(tmp_path):

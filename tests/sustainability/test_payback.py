@@ -115,19 +115,26 @@ def test_measured_on_a_technique_that_works_hard_once():
 
 
 def test_with_counters_it_is_in_joules(monkeypatch):
-    ticking = iter(range(10**6))
+    """A toy counter: each linear layer that runs takes one joule."""
+    ran = []
 
     class Counter:
         name = "toy"
 
         def joules(self):
-            return float(next(ticking))
+            return float(len(ran))
 
     monkeypatch.setattr(sys.modules["effkit.measure.energy"], "counters", lambda: [Counter()])
     model, task = nn.Sequential(linear(), linear()), Task(example=(torch.ones(1, 512),))
-    found = payback(Halve(loops=1), model, task, budget_s=0.01)
-    assert (found.cost.unit, found.cost.provenance, found.cost.value) == ("J", "measured", 1.0)
-    assert found.before.unit == "J"
+    for layer in model:
+        layer.register_forward_hook(lambda *_: ran.append(1))
+    found = payback(Halve(loops=5), model, task, budget_s=0.01)
+    assert [(r.value, r.unit, r.provenance) for r in (found.cost, found.before, found.after)] == [
+        (10.0, "J", "measured"),
+        (2.0, "J", "measured"),
+        (1.0, "J", "measured"),
+    ]
+    assert found.inferences == 10.0
 
 
 def test_the_models_modes_are_kept():
