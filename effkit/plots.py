@@ -175,7 +175,7 @@ def front(points: Named, *, lower_x=True, higher_y=True) -> list[str]:
 
 
 def pareto(points: Named, *, title: str, xlabel: str, ylabel: str, lower_x=True, higher_y=True, logx=False) -> Figure:
-    """Each choice a named point; the line joins those that no other beats on both axes, the others stay hollow."""
+    """Each choice a point, named unless its name begins with "_"; a line joins those that none beats on both axes."""
     fig, axes = figure(title, xlabel, ylabel)
     best = front(points, lower_x=lower_x, higher_y=higher_y)
     x, y = np.array([_values(points[name]) for name in best]).T
@@ -183,7 +183,7 @@ def pareto(points: Named, *, title: str, xlabel: str, ylabel: str, lower_x=True,
     for name, point in points.items():
         px, py = _values(point)
         axes.plot(px, py, "o", color=COLOURS[0] if name in best else GREY, fillstyle="full" if name in best else "none")
-        axes.annotate(name, (px, py), (5, 4), textcoords="offset points", fontsize=9)
+        axes.annotate("" if name[0] == "_" else name, (px, py), (5, 4), textcoords="offset points", fontsize=9)
     axes.set_xscale("log" if logx else "linear")
     axes.margins(0.15)
     return fig

@@ -1,0 +1,43 @@
+"""What a search leaves behind: its frontier as a table and a figure, and the recommended recipe."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from effkit import plots
+from effkit.core import recipe
+from effkit.core.paths import write_atomically
+from effkit.selection.candidates import label
+from effkit.selection.constraints import BYTES
+from effkit.selection.select import Selection
+
+
+def frontier_plot(found: Selection, title: str = "") -> Figure:
+    """Score against bytes on disk; the frontier's candidates are numbered as in `legend`."""
+    higher = found.score.better == "higher"
+    number = {c.key: str(n) for n, c in enumerate(found.frontier, 1)}
+    points = {number.get(c.key, f"_{c.key}"): (c.readings[BYTES], c.readings[found.score.name]) for c in found.measured}
+    return plots.pareto(
+        points,
+        title=title or f"What does a byte buy? {len(points)} candidates, measured",
+        xlabel="bytes on disk",
+        ylabel=f"{found.score.name} on val ({found.score.unit or 'a share'}), {'more' if higher else 'less'} is better",
+        higher_y=higher,
+        logx=True,
+    )
+
+
+def legend(found: Selection) -> str:
+    """The numbers of the figure in words."""
+    return "\n".join(f"{number:3}  {label(c.technique)}" for number, c in enumerate(found.frontier, 1))
+
+
+def write(found: Selection, folder: Path, name: str) -> list[Path]:
+    """NAME.txt, NAME.png and, where something is recommended, NAME.json, its recipe. Each whole or not at all."""
+    paths = [folder / f"{name}.txt", folder / f"{name}.png"]
+    write_atomically(paths[0], f"{found}\n\n{legend(found)}\n".encode())
+    write_atomically(paths[1], plots.to_png(frontier_plot(found)))
+    if found.recommended:
+        paths.append(folder / f"{name}.json")
+        recipe.write(found.technique, paths[-1])
+    return paths
