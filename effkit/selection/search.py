@@ -18,7 +18,7 @@ import random
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,23 +84,35 @@ class Search:
         """The sampler's proposal; where it repeats itself, a random walk to something new, or None: nothing is left."""
         tried = {candidate.key for candidate in done}
         if not done and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial({"first": STOP})  # the unchanged model is the first candidate of every search
+            study.enqueue_trial(self._first())
         study.sampler = self._sampler(len(done))
         trial, technique = self._ask(study)
-        if Candidate(technique).key not in tried:
+        if technique is not None and Candidate(technique).key not in tried:
             return trial, technique
         study.tell(trial, state=TrialState.FAIL)
         if (params := self._untried(tried, random.Random(f"{self.seed} {len(done)}"))) is None:
             return None
         study.enqueue_trial(params)
-        return self._ask(study)
+        trial, technique = self._ask(study)
+        return (trial, technique) if technique is not None else None
 
-    def _ask(self, study: optuna.Study) -> tuple[Trial, Technique]:
+    def _ask(self, study: optuna.Study) -> tuple[Trial, Technique | None]:
+        """A proposal; no technique where the settings proposed clash."""
         trial = study.ask()
         trial.set_user_attr("owner", f"{socket.gethostname()} {os.getpid()}")
-        return trial, self.space.draw(lambda what, options: suggest(trial, what, options))
+        try:
+            return trial, self.space.draw(lambda what, options: suggest(trial, what, options))
+        except ValueError:
+            return trial, None
 
-    def _untried(self, tried: set[str], rng: random.Random) -> dict | None:
+    def _first(self) -> dict[str, object]:
+        """The walk that stops at once: the unchanged model is the first candidate of every search."""
+        params: dict[str, object] = {}
+        self.space.draw(lambda what, options: params.setdefault(what, STOP))
+        return params
+
+    def _untried(self, tried: set[str], rng: random.Random) -> dict[str, object] | None:
+        """A random walk to a candidate that was not tried."""
         for _ in range(TRIES):
             params: dict[str, object] = {}
 
@@ -109,8 +121,9 @@ class Search:
                 params[what] = i if ordered(options) else options[i]
                 return options[i]
 
-            if Candidate(self.space.draw(choose)).key not in tried:
-                return params
+            with suppress(ValueError):  # settings that clash are no candidate
+                if Candidate(self.space.draw(choose)).key not in tried:
+                    return params
         return None
 
     def _tell(self, study: optuna.Study, trial: Trial, candidate: Candidate) -> None:

@@ -4,12 +4,13 @@ Problem   Twenty techniques make 400 ordered pairs, most of which make no sense,
 Idea      The catalogue says which techniques there are, their fields which settings, their traits which may follow
           which. So the space is a walk: which technique next, then its settings, until "stop". An order that the
           traits forbid is never an option on the way, and a new technique in a chapter appears by itself.
-Left out  Techniques that train (they have `epochs`) unless asked for: each candidate would cost a training run.
+Left out  Techniques that train (their `epochs` are not 0) unless asked for: each candidate would cost a training run.
           Adapters (PEFT), which change nothing until they are trained. The same technique twice in a sequence.
 """
 
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
@@ -79,15 +80,19 @@ class Space:
             return False
 
     def draw(self, choose: Choose) -> Technique:
-        """Walks from step to step; `choose(what, options)` decides at each fork."""
+        """Walks from step to step; `choose(what, options)` decides at each fork.
+
+        Raises ValueError where settings clash: with each other, or by a trait that only they bring about."""
         steps: tuple[Technique, ...] = ()
         while len(steps) < self.longest and (options := self.after(steps)):
-            so_far = " > ".join(type(step).__name__ for step in steps)
-            name = choose(f"after {so_far}" if steps else "first", (STOP, *options))
+            so_far = " > ".join(type(step).__name__ for step in steps) or "nothing"
+            name = choose(f"after {so_far}: {' or '.join(options)}", (STOP, *options))
             if name == STOP:
                 break
             chosen = {key: choose(f"{name}.{key}", values) for key, values in self.techniques[name].items()}
             steps += (with_settings(self.plain(name), chosen),)
+            if not self._allows(steps):
+                raise ValueError(f"{chosen} of {name} after {so_far} is an order that the traits forbid")
         return Pipeline(steps) if len(steps) > 1 else (*steps, Identity())[0]
 
     def everything(self) -> Iterator[Technique]:
@@ -100,7 +105,8 @@ class Space:
                 trace.append((script[len(trace)] if len(trace) < len(script) else 0, len(options)))
                 return options[trace[-1][0]]
 
-            yield self.draw(choose)
+            with suppress(ValueError):  # settings that clash are no candidate
+                yield self.draw(choose)
             while trace and trace[-1][0] + 1 == trace[-1][1]:
                 trace.pop()
             if not trace:
@@ -146,7 +152,6 @@ def _accepts(plain: Technique, name: str, value: object) -> bool:
 
 
 def _trains(technique: Technique) -> bool:
-    """Whether it, or a technique within it, has epochs."""
-    names = [f.name for f in fields(technique)]  # type: ignore[arg-type]
-    inner = [getattr(technique, name) for name in names]
-    return "epochs" in names or any(_trains(value) for value in inner if isinstance(value, Technique))
+    """Whether it, or a technique within it, trains for some epochs."""
+    values = {f.name: getattr(technique, f.name) for f in fields(technique)}  # type: ignore[arg-type]
+    return bool(values.get("epochs")) or any(_trains(v) for v in values.values() if isinstance(v, Technique))
