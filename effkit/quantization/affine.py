@@ -84,7 +84,8 @@ def unpack(packed: UInt8[Tensor, "rows m"], bits: int, n: int) -> UInt8[Tensor, 
     if bits == 8:
         return packed[:, :n]
     if bits == 4:
-        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :n]
+        halves = packed[..., None] >> torch.tensor((0, 4), dtype=torch.uint8, device=packed.device)
+        return (halves & 15).flatten(1)[:, :n]
     words = packed.unflatten(1, (-1, bits)).long()
     words = (words << (torch.arange(bits, device=packed.device) * 8)).sum(-1, keepdim=True)
     return ((words >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :n]
