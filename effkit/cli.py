@@ -88,6 +88,99 @@ def lab(context: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, "-m", "jupyterlab", *context.args], cwd=work_dir()).returncode)
 
 
+@app.command(rich_help_panel="Learn")
+def progress() -> None:
+    """Say how far you got with the exercises."""
+    from effkit.exercises import progress as so_far
+
+    typer.echo(str(so_far()))
+
+
+@app.command("list", rich_help_panel="Compress")
+def catalogue(
+    bibliography: Annotated[bool, typer.Option("--bibliography", help="The papers alone, by author.")] = False,
+) -> None:
+    """List every technique with its settings and the paper it implements."""
+    from rich.console import Console
+
+    from effkit import listing
+
+    if bibliography:
+        typer.echo("\n".join(listing.bibliography()))
+    else:
+        Console().print(listing.table())
+
+
+@app.command(rich_help_panel="Compress")
+def select(
+    model: Annotated[str, typer.Option(help="A model of the zoo, such as mlp.")],
+    max_bytes: Annotated[int | None, typer.Option(help="Of the file that is written.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Seconds; kept with 10 % in hand.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="On val; where less is better, the most allowed.")] = None,
+    trials: Annotated[int, typer.Option(help="Candidates to measure, those of earlier calls included.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
+    sampler: Annotated[str, typer.Option(help="tpe, nsga2 or random.")] = "tpe",
+    prefer: Annotated[str | None, typer.Option(help="score, bytes or latency: what the best is best at.")] = None,
+    longest: Annotated[int, typer.Option(help="Techniques in one sequence, at most.")] = 2,
+    training: Annotated[bool, typer.Option("--training", help="Also techniques that train.")] = False,
+    study: Annotated[str, typer.Option(help="A name under results/select/; else made from these options.")] = "",
+) -> None:
+    """Search sequences of techniques under limits; the same call again goes on where it was stopped."""
+    from effkit.selection import Constraints, report
+    from effkit.selection.space import default_space
+
+    with one_sentence(ValueError, OSError):
+        limits, space = (
+            Constraints(max_bytes, max_latency, min_score),
+            default_space(longest=longest, training=training),
+        )
+        options = {"trials": trials, "seed": seed, "sampler": sampler, "prefer": prefer, "space": space}
+        found, paths = report.run(model, limits, study, **options)
+        typer.echo(f"{found}\n\nwritten: {', '.join(map(str, paths))}")
+        raise typer.Exit(found.recommended is None)
+
+
+@app.command(rich_help_panel="Compress")
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="A JSON file from effkit select or effkit.save_recipe.")],
+    model: Annotated[str, typer.Option(help="A model of the zoo, such as mlp.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+) -> None:
+    """Run a saved recipe on a model and save the result."""
+    import effkit
+
+    with one_sentence(ValueError, OSError):
+        technique = effkit.load_recipe(recipe)
+        loaded, task = effkit.zoo.load(model)
+        result = technique(loaded, task)
+        size = effkit.save(result, out)
+        typer.echo(f"{technique!r}\n{effkit.log(result)}\n{out}: {size:,} bytes; claims {technique.claim(result)}")
+
+
+@app.command(rich_help_panel="Develop")
+def train(name: Annotated[str, typer.Argument(help="A shipped checkpoint, such as mlp.")]) -> None:
+    """Make a shipped checkpoint again; after an interruption the same call goes on."""
+    from effkit.core.checks import require_choice
+    from effkit.studies.recipes import RECIPES
+    from effkit.studies.train import train as make
+
+    with one_sentence(ValueError, OSError):
+        require_choice("the checkpoint", name, RECIPES)
+        typer.echo(str(make(name, RECIPES[name])))
+
+
+@app.command(rich_help_panel="Develop")
+def selftest() -> None:
+    """Prove that every exercise's reference passes and every planted mistake is caught."""
+    from effkit.exercises import catalogue, selftest
+
+    failures = selftest()
+    for failure in failures:
+        typer.secho(str(failure), fg="red", err=True)
+    typer.echo(f"{len(catalogue())} exercises, {len(failures)} failures")
+    raise typer.Exit(bool(failures))
+
+
 @app.command(rich_help_panel="Develop")
 def test() -> None:
     """Run everything: lint, types, tests, exercises and all notebooks."""

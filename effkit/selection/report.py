@@ -1,15 +1,17 @@
 """What a search leaves behind: its frontier as a table and a figure, and the recommended recipe."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from effkit import plots
+from effkit import plots, zoo
 from effkit.core import recipe
 from effkit.core.paths import write_atomically
 from effkit.selection.candidates import label
-from effkit.selection.constraints import BYTES
-from effkit.selection.select import Selection
+from effkit.selection.constraints import BYTES, Constraints
+from effkit.selection.select import Selection, select
 
 
 def frontier_plot(found: Selection, title: str = "") -> Figure:
@@ -41,3 +43,19 @@ def write(found: Selection, folder: Path, name: str) -> list[Path]:
         paths.append(folder / f"{name}.json")
         recipe.write(found.technique, paths[-1])
     return paths
+
+
+def run(model: str, limits: Constraints, study: str, **options) -> tuple[Selection, list[Path]]:
+    """`effkit select`: the search over a model of the zoo, its journal and results under results/select/."""
+    loaded, task = zoo.load(model)
+    folder, name = Path("results") / "select", study or f"{model}-{digest(limits, options)}"
+    found = select(loaded, task, limits, storage=folder / f"{name}.journal", study=name, **options)
+    return found, write(found, folder, name)
+
+
+def digest(limits: Constraints, options: Mapping[str, object]) -> str:
+    """Names a search by its settings, so that the same call goes on and another one begins anew."""
+    said = repr(
+        (limits, sorted((key, repr(value)) for key, value in options.items() if key not in ("trials", "prefer")))
+    )
+    return hashlib.sha256(said.encode()).hexdigest()[:8]

@@ -73,11 +73,16 @@ class Search:
             study = self._open()
             done = candidates(study)
             bar.update(len(done))
-            while len(done) < trials and (proposal := self._propose(study, done)):
-                trial, technique = proposal
-                self._tell(study, trial, self.evaluate(technique))
-                done = candidates(study)
-                bar.update()
+            try:
+                while len(done) < trials and (proposal := self._propose(study, done)):
+                    trial, technique = proposal
+                    self._tell(study, trial, self.evaluate(technique))
+                    done = candidates(study)
+                    bar.update()
+            except KeyboardInterrupt:
+                kept = f"kept in {self.storage}: the same call goes on from there" if self.storage else "not kept"
+                tqdm.write(f"stopped after {len(done)} of {trials} candidates; {kept}")
+                raise
         return done[:trials]
 
     def _propose(self, study: optuna.Study, done: Sequence[Candidate]) -> tuple[Trial, Technique] | None:
