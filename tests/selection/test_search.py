@@ -1,0 +1,280 @@
+"""The search on a table of made-up readings: proposals, repeats, resuming, kill -9, and what a journal survives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import optuna
+import pytest
+
+from effkit.core.report import Reading
+from effkit.core.task import Score
+from effkit.core.technique import Technique
+from effkit.selection import SAMPLERS, Candidate, Constraints, Search, Space, hypervolume
+from effkit.selection import search as searches
+from effkit.selection.candidates import costs
+from effkit.selection.constraints import BYTES
+from effkit.selection.journal import journal, mend
+
+ACCURACY = Score("accuracy", "", "higher")
+SPACE = Space(
+    {
+        "RTN": {"bits": (2, 3, 4, 5, 6, 8), "group_size": (16, 32, 64), "symmetric": (False, True)},
+        "SVD": {"keep": (0.2, 0.4, 0.6, 0.8)},
+        "Magnitude": {"sparsity": (0.2, 0.4, 0.6, 0.8)},
+    }
+)
+
+
+def toy(technique: Technique) -> Candidate:
+    """A smooth trade-off: what takes bytes away costs accuracy, one technique more than another."""
+    size, lost = 1000.0, 0.0
+    for step in getattr(technique, "steps", (technique,)):
+        match type(step).__name__:
+            case "RTN":
+                size, lost = size * (step.bits + 16 / step.group_size) / 32, lost + 0.5 ** (step.bits - 1)
+                lost += 0.02 * step.symmetric
+            case "SVD":
+                size, lost = size * step.keep, lost + 0.3 * (1 - step.keep)
+            case "Magnitude":
+                size, lost = size * (1.1 - step.sparsity), lost + 0.2 * step.sparsity**2
+    if lost > 0.6:
+        return Candidate(technique, refused="ValueError: nothing is left of it")
+    readings = {BYTES: Reading(size, "B", "counted"), "accuracy": Reading(0.95 - lost, "", "estimated", 0.01)}
+    return Candidate(technique, readings)
+
+
+def search(**changes) -> Search:
+    return Search(
+        **{"space": SPACE, "evaluate": toy, "score": ACCURACY, "limits": Constraints(max_bytes=150)} | changes
+    )
+
+
+def told(candidates) -> list[tuple]:
+    return [(c.key, c.refused, {name: r.value for name, r in c.readings.items()}) for c in candidates]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_measures_as_many_different_candidates_as_asked_the_unchanged_model_first(sampler):
+    found = search(sampler=sampler).run(25)
+    assert len({c.key for c in found}) == len(found) == 25
+    assert "Identity" in found[0].key
+    assert all(told([c]) == told([toy(c.technique)]) for c in found)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_seed_same_search_another_seed_another(sampler):
+    first, again, other = (told(search(sampler=sampler, seed=seed).run(15)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_small_space_is_exhausted_and_then_it_ends():
+    space = Space({"RTN": {"bits": (2, 3, 4)}, "SVD": {"keep": (0.5,)}})
+    everything = {Candidate(t).key for t in space.everything()}
+    assert {c.key for c in search(space=space).run(100)} == everything
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_goes_on_from_its_journal_with_the_proposals_it_would_have_made(sampler, tmp_path):
+    wanted = told(search(sampler=sampler).run(24))
+    path = tmp_path / "s.journal"
+    for trials in (3, 11, 24):
+        found = search(sampler=sampler, storage=path).run(trials)
+        assert told(found) == wanted[:trials]
+    assert told(search(sampler=sampler, storage=path).run(5)) == wanted[:5], "done is done"
+
+
+def test_what_a_journal_tells_was_recorded_and_what_was_counted_stays_so(tmp_path):
+    measured = searches.decoded(
+        {
+            **searches.encoded(toy(SPACE.plain("RTN"))),
+            "readings": {"t": {"value": 1.0, "unit": "s", "provenance": "measured"}},
+        }
+    )
+    assert measured.readings["t"].provenance == "recorded"
+    found = search(storage=tmp_path / "s.journal").run(2)
+    assert found[1].refused or found[1].readings[BYTES].provenance == "counted"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"limits": Constraints(max_bytes=151)},
+        {"seed": 1},
+        {"identity": "another model"},
+        {"space": Space({"RTN": {"bits": (2, 3)}})},
+        {"sampler": "random"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_study_of_another_search_is_refused(change, tmp_path):
+    path = tmp_path / "s.journal"
+    search(storage=path).run(2)
+    with pytest.raises(ValueError, match="another model, space or limits; choose another name"):
+        search(storage=path, **change).run(2)
+    search(storage=path, study="another", **change).run(2)
+
+
+@pytest.mark.parametrize(
+    "settings, said", [({"sampler": "best"}, "tpe"), ({"seed": -1}, "seed"), ({"seed": 0.5}, "seed")]
+)
+def test_settings_are_checked(settings, said):
+    with pytest.raises(ValueError, match=said):
+        search(**settings)
+
+
+@pytest.mark.parametrize("trials", [0, 2.5])
+def test_trials_are_checked(trials):
+    with pytest.raises(ValueError, match="trials"):
+        search().run(trials)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys):
+    calls = iter(range(100))
+
+    def interrupted(technique):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return toy(technique)
+
+    path = tmp_path / "s.journal"
+    with pytest.raises(KeyboardInterrupt):
+        search(evaluate=interrupted, storage=path).run(12)
+    assert "stopped after 4 of 12 candidates" in "".join(capsys.readouterr())
+    assert told(search(storage=path).run(12)) == told(search().run(12))
+
+
+def test_optunas_own_loudness_stays_as_it_was(capsys):
+    before = optuna.logging.get_verbosity()
+    with pytest.warns(UserWarning, match="kept"):
+        import warnings
+
+        search().run(3)
+        warnings.warn("kept", stacklevel=1)
+    assert optuna.logging.get_verbosity() == before
+    assert "Trial" not in capsys.readouterr().err
+
+
+# the journal
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "s.journal"
+    wanted = told(search(storage=path).run(6))
+    with open(path, "ab") as file:
+        file.write(b'{"op_code": 5, "worker')
+    assert told(search(storage=path).run(8))[:6] == wanted
+
+
+def test_mending_leaves_whole_files_alone(tmp_path):
+    path = tmp_path / "f"
+    mend(path)
+    assert not path.exists()
+    for content, wanted in ((b"", b""), (b"a\nb\n", b"a\nb\n"), (b"a\nb", b"a\n"), (b"a", b"")):
+        path.write_bytes(content)
+        mend(path)
+        assert path.read_bytes() == wanted
+
+
+def test_without_mending_a_torn_line_would_spoil_the_file(tmp_path, monkeypatch):
+    from effkit.selection import journal as journals
+
+    monkeypatch.setattr(journals, "mend", lambda path: None)
+    with pytest.raises(ValueError):
+        test_a_torn_line_is_cut_off(tmp_path)
+
+
+def test_two_searches_share_a_journal(tmp_path):
+    """As two processes do, in turns: each learns from the other, nothing is measured twice."""
+    path, found = tmp_path / "s.journal", []
+    for trials in range(2, 12, 2):
+        found = search(storage=path).run(trials)
+    assert len({c.key for c in found}) == 10
+
+
+CHILD = """
+    import os, sys, signal
+    from pathlib import Path
+    from tests.selection.test_search import search, toy
+    calls, last = iter(range(100)), int(sys.argv[1])
+
+    def deadly(technique):
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return toy(technique)
+
+    search(evaluate=deadly, storage=Path(sys.argv[2])).run(20)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of POSIX")
+def test_a_search_goes_on_after_kill_9_as_if_nothing_had_happened(tmp_path):
+    path = tmp_path / "s.journal"
+    for last in (4, 0):
+        command = [sys.executable, "-c", textwrap.dedent(CHILD), str(last), str(path)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+    assert len(search(storage=path).run(1)) == 1
+    assert told(search(storage=path).run(20)) == told(search().run(20))
+
+
+def test_a_candidate_that_was_measured_but_not_told_counts(tmp_path, monkeypatch):
+    """Killed between the measurement's record and its end."""
+    path = tmp_path / "s.journal"
+
+    def killed(self, study, trial, candidate):
+        raise KeyboardInterrupt
+
+    search(storage=path).run(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(storage=path).run(4)
+    measured = []
+    found = search(storage=path, evaluate=lambda t: measured.append(t) or toy(t)).run(5)
+    assert len(measured) == 1 and told(found) == told(search().run(5))
+
+
+def test_a_living_process_keeps_its_trial(tmp_path):
+    study = optuna.create_study(storage=journal(tmp_path / "s.journal"), directions=["minimize"] * 2)
+    owners = {f"elsewhere {os.getpid()}": False, f"{searches.socket.gethostname()} {os.getppid()}": False, "": True}
+    for owner, gone in owners.items():
+        trial = study.ask()
+        trial.set_user_attr("owner", owner)
+        assert searches.abandoned(study.trials[trial.number]) is gone
+
+
+# does learning pay?
+
+
+def volume(candidates, limit=1000.0) -> float:
+    points = [costs(c.readings, ACCURACY) for c in candidates if c.readings]
+    return hypervolume(points, (limit, 0.0))
+
+
+def test_at_equal_budget_tpe_covers_more_than_random_search():
+    budget, seeds = 30, range(5)
+    free = {"limits": Constraints()}
+    tpe = sum(volume(search(sampler="tpe", seed=s, **free).run(budget)) for s in seeds)
+    random = sum(volume(search(sampler="random", seed=s, **free).run(budget)) for s in seeds)
+    best = 5 * volume([toy(t) for t in SPACE.everything()])
+    assert random < tpe <= best + 1e-9
+
+
+def test_a_sampler_that_ignores_what_it_saw_is_caught(monkeypatch):
+    learning = Search._sampler
+    monkeypatch.setattr(
+        Search, "_sampler", lambda self, done: learning(self.__class__(**{**vars(self), "sampler": "random"}), done)
+    )
+    with pytest.raises(AssertionError):
+        test_at_equal_budget_tpe_covers_more_than_random_search()
+
+
+def test_the_journal_is_plain_text(tmp_path):
+    path: Path = tmp_path / "s.journal"
+    search(storage=path).run(2)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
