@@ -143,3 +143,140 @@ def test_notebooks_are_a_stage_once_there_are_any(monkeypatch, course):
     assert stages.everything() == (stages.LINT, stages.TYPES, stages.TESTS, stages.NOTEBOOKS)
     Path(course / "notebooks/00_one.ipynb").unlink()
     assert stages.everything() == (stages.LINT, stages.TYPES, stages.TESTS)
+
+
+# the catalogue, recipes, training
+
+
+def test_the_list_shows_every_technique_with_its_paper():
+    from effkit import catalog
+
+    shown = effkit("list", COLUMNS="200").output
+    for name, kind in catalog.techniques().items():
+        assert name in shown and (not kind.paper.identifier or kind.paper.identifier in shown.replace("\n", ""))
+    assert all(chapter in shown for chapter in catalog.PARADIGMS)
+
+
+def test_the_bibliography_holds_each_paper_once_and_is_in_order():
+    from effkit import catalog
+
+    lines = effkit("list", "--bibliography").output.splitlines()
+    papers = {kind.paper.identifier for kind in catalog.techniques().values() if kind.paper.identifier}
+    assert len(lines) == len(papers) and lines == sorted(lines)
+    assert all(sum(paper in line for line in lines) == 1 for paper in papers)
+    assert next(line for line in lines if "arXiv:1712.05877" in line).endswith("[RTN]")
+
+
+def test_progress_lists_the_exercises(tmp_path):
+    shown = effkit("progress", EFFKIT_WORK=str(tmp_path)).output
+    assert "quantization.affine" in shown and "0 of " in shown
+
+
+def test_the_selftest_counts_and_a_failure_fails(monkeypatch):
+    import effkit.exercises as exercises
+    from effkit.exercises import Failure
+
+    one = {"quantization.affine": exercises.catalogue()["quantization.affine"]}
+    monkeypatch.setattr(exercises, "catalogue", lambda: one)
+    good = effkit("selftest")
+    assert (good.exit_code, good.output.strip()) == (0, "1 exercises, 0 failures")
+    monkeypatch.setattr(exercises, "selftest", lambda: [Failure("quantization.affine", "stub", "it passed")])
+    bad = effkit("selftest")
+    assert bad.exit_code == 1 and "quantization.affine, stub: it passed" in bad.stderr
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """A model of the zoo that needs no file."""
+    from effkit import zoo
+    from tests.subjects import image_task, mlp
+
+    monkeypatch.setattr(zoo, "load", lambda name: (mlp(), image_task()))
+    return mlp(), image_task()
+
+
+def test_apply_runs_a_recipe_and_saves_the_result(small_model, tmp_path):
+    import torch
+
+    import effkit as library
+
+    technique = library.Pipeline((library.techniques()["SVD"](rank=4), library.techniques()["RTN"](bits=3)))
+    library.save_recipe(technique, tmp_path / "recipe.json")
+    out = tmp_path / "small.safetensors"
+    result = effkit("apply", str(tmp_path / "recipe.json"), "--model", "mlp", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert f"{out.stat().st_size:,} bytes" in result.output and repr(technique) in result.output
+    model, task = small_model
+    with torch.no_grad():
+        torch.testing.assert_close(library.load(out)(*task.example), technique(model, task)(*task.example))
+
+
+def test_select_recommends_a_recipe_that_apply_runs_within_the_limits(small_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["select", "--model", "mlp", "--max-bytes", "60000", "--min-score", "0.0", "--study", "mine"]
+    first = effkit(*arguments, "--trials", "4")
+    assert first.exit_code == 0, first.output
+    folder = tmp_path / "results" / "select"
+    assert {p.name for p in folder.iterdir()} >= {"mine.journal", "mine.json", "mine.png", "mine.txt"}
+    out = tmp_path / "small.safetensors"
+    assert effkit("apply", str(folder / "mine.json"), "--model", "mlp", "--out", str(out)).exit_code == 0
+    assert out.stat().st_size <= 60_000
+    kept = (folder / "mine.journal").read_bytes()
+    again = effkit(*arguments, "--trials", "4")
+    assert again.exit_code == 0 and (folder / "mine.journal").read_bytes().startswith(kept)
+    other = effkit(*arguments[:4], "50000", *arguments[5:])
+    assert other.exit_code == 1 and "choose another name for the study" in other.stderr
+
+
+def test_select_fails_and_says_what_would_do_where_nothing_keeps_the_limits(small_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = effkit("select", "--model", "mlp", "--max-bytes", "9", "--trials", "3")
+    assert result.exit_code == 1
+    assert "no candidate of 3 keeps all limits (at most 9 bytes on disk)" in result.output
+    assert "allow bytes on disk" in result.output
+
+
+def test_the_same_call_names_the_same_study_and_another_a_new_one():
+    from effkit.selection import Constraints
+    from effkit.selection.report import digest
+
+    options = {"trials": 4, "seed": 0, "sampler": "tpe"}
+    assert digest(Constraints(9), options) == digest(Constraints(9), {**options, "trials": 40})
+    assert digest(Constraints(9), options) != digest(Constraints(10), options)
+    assert digest(Constraints(9), options) != digest(Constraints(9), {**options, "seed": 1})
+
+
+def test_train_makes_a_checkpoint(tmp_path, monkeypatch):
+    from effkit.studies import recipes
+    from tests.core.test_training import recipe
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "RECIPES", {"toy": recipe()})
+    result = effkit("train", "toy", EFFKIT_DATA=str(tmp_path / "data"))
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "data" / "toy.safetensors").exists() and "12 steps" in result.output
+    assert not list((tmp_path / "results" / "train").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["train", "bert"], "'mlp'"),
+        (["apply", "nowhere.json", "--model", "mlp", "--out", "x"], "nowhere.json"),
+        (["select", "--model", "bert"], "no model 'bert'"),
+        (["select", "--model", "mlp", "--max-bytes", "0"], "max_bytes"),
+        (["select", "--model", "mlp", "--sampler", "best"], "'tpe'"),
+    ],
+)
+def test_what_these_commands_refuse_takes_one_sentence(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = effkit(*arguments)
+    assert result.exit_code == 1 and said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, "no traceback"
+
+
+def test_results_that_cannot_be_written_are_refused_in_one_sentence(small_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").write_text("a file where the folder should be")
+    result = effkit("select", "--model", "mlp", "--trials", "2")
+    assert result.exit_code == 1 and "results" in result.stderr and len(result.stderr.strip().splitlines()) == 1

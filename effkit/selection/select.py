@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from effkit.core.checks import require_choice, require_float
+from effkit.core.checks import require_choice, require_float, require_int
 from effkit.core.report import Report, Table
 from effkit.core.task import Score, Task
 from effkit.core.technique import Technique
@@ -24,7 +24,7 @@ from effkit.measure import Decode, Forward, Work, compare
 from effkit.selection.candidates import Candidate, Evaluate, costs, label
 from effkit.selection.constraints import LATENCY, Constraints
 from effkit.selection.frontier import pareto
-from effkit.selection.search import Search
+from effkit.selection.search import SAMPLERS, Search
 from effkit.selection.space import Space, default_space
 
 NO_LIMITS = Constraints()
@@ -152,6 +152,8 @@ def select(
     task.require("val", "per_example", by=Selection)
     prefer = prefer or _preference(constraints)
     require_choice("prefer", prefer, PREFERENCES)
+    require_choice("sampler", sampler, SAMPLERS)
+    require_int("trials", trials, 1)
     require_float("screen", screen, 0.0, 1.0, open_low=True)
     timed = constraints.max_latency is not None or prefer == "latency"
     evaluate = Evaluate(model, task, work or _work(model), constraints, timed, screen)
