@@ -31,8 +31,10 @@ class Outcome:
 
 LINT = Stage("lint", ("ruff", "check", "."))
 TYPES = Stage("types", ("mypy",))
-FAST_TESTS = Stage("fast tests", ("pytest", "-q", "-m", "not slow"))
-TESTS = Stage("tests", ("pytest", "-q", "--durations=15"))
+# Races are run by `effkit bench` alone; they compile for minutes and prove nothing on a busy machine.
+QUIETLY = ("--ignore=tests/benchmarks",)
+FAST_TESTS = Stage("fast tests", ("pytest", "-q", "-m", "not slow", *QUIETLY))
+TESTS = Stage("tests", ("pytest", "-q", "--durations=15", *QUIETLY))
 EXERCISES = Stage("exercises", ("effkit", "selftest"))
 # One kernel after another, because notebooks time things; lax compares only the cells marked NBVAL_CHECK_OUTPUT.
 NOTEBOOKS = Stage(
