@@ -100,7 +100,10 @@ class Prune(Technique, ABC):
         return Reading(masked_share(model.modules()), "sparsity", "counted", better="higher")
 
     def _find(self, model: nn.Module) -> Layers:
-        return dict(find(model, PRUNABLE, layers=self.layers, by=type(self).__name__))
+        layers = dict(find(model, PRUNABLE, layers=self.layers, by=type(self).__name__))
+        for path in layers:
+            note(model, path, "masked", type(self).__name__)
+        return layers
 
     def _scores(self, model: nn.Module, layers: Layers, task: Task) -> dict[str, Tensor]:
         scores = self.score(model, layers, task)
@@ -121,7 +124,6 @@ class Prune(Technique, ABC):
                 scores[path] = torch.where(mask.keep, scores[path], -torch.inf)
         for path, keep in self._keep(scores, sparsity).items():
             mask_(layers[path], keep)
-            note(model, path, "masked", type(self).__name__)
 
     def _mask_while_training(self, model: nn.Module, layers: Layers, task: Task) -> nn.Module:
         total = self.epochs * len(task.train)  # type: ignore[arg-type]
