@@ -80,7 +80,7 @@ def fit(
                 if after_step:
                     after_step(step + 1)
                 if step % 20 == 0:
-                    bar.set_postfix(loss=f"{run.curve[-1]:.3f}")
+                    bar.set_postfix(loss=f"{run.curve[-1]:.3f}", refresh=False)  # a refresh would ignore `delay`
                 if interrupted.is_set():
                     raise KeyboardInterrupt
                 if resume and (step + 1) % save_every == 0:
