@@ -39,7 +39,7 @@ EXERCISES = Stage("exercises", ("effkit", "selftest"))
 # One kernel after another, because notebooks time things; lax compares only the cells marked NBVAL_CHECK_OUTPUT.
 NOTEBOOKS = Stage(
     "notebooks",
-    ("pytest", "-q", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "--timeout=0", "notebooks"),
+    ("pytest", "-q", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--timeout=0", "notebooks"),
 )
 BENCHMARKS = Stage("benchmarks", ("pytest", "-q", "--benchmark-enable", "--benchmark-only"))
 
