@@ -122,8 +122,10 @@ class Prune(Technique, ABC):
             mask = mask_of(layer)
             if mask is not None:  # what is gone goes first
                 scores[path] = torch.where(mask.keep, scores[path], -torch.inf)
-        for path, keep in self._keep(scores, sparsity).items():
-            mask_(layers[path], keep)
+        together = [list(scores)] if self.scope == "global" else [[path] for path in scores]
+        for paths in together:  # scores are let go layer by layer, for they are as large as the model
+            for path, keep in self._keep({path: scores.pop(path) for path in paths}, sparsity).items():
+                mask_(layers[path], keep)
 
     def _mask_while_training(self, model: nn.Module, layers: Layers, task: Task) -> nn.Module:
         total = self.epochs * len(task.train)  # type: ignore[arg-type]
