@@ -36,6 +36,7 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     inside = [p for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
     if len(reference) == 0 or not inside:
         return float(bool(inside))
+    inside = [inside[i] for i in pareto(inside)]  # the rest adds nothing, and would cost slices
     cuts = [*sorted({p[-1] for p in inside}), reference[-1]]
     return sum(
         (high - low) * hypervolume([p[:-1] for p in inside if p[-1] <= low], reference[:-1])
