@@ -248,3 +248,11 @@ def test_a_wrong_factor_in_the_layer_is_caught(monkeypatch):
     monkeypatch.setattr(svd, "truncate", lambda w, r: truncate(w, r - 1))
     with pytest.raises(AssertionError):
         test_the_factorized_layer_is_the_layer_with_the_reconstructed_weight(True, torch.float32)
+
+
+def test_an_energy_that_would_make_a_layer_grow_leaves_it_whole():
+    """A random square matrix holds 99 % of its energy only beyond half of its rank."""
+    model = MLP((40, 40, 5)).eval()
+    thin = SVD(energy=0.99)(model)
+    assert type(thin.layers[0]) is nn.Linear and torch.equal(thin.layers[0].weight, model.layers[0].weight)
+    assert isinstance(SVD(energy=0.3)(model).layers[0], LowRankLinear)

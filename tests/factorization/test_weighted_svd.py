@@ -119,3 +119,23 @@ def test_a_root_on_the_wrong_side_is_caught(monkeypatch):
     monkeypatch.setattr(torch.linalg, "solve_triangular", lambda s, b, upper, left: torch.linalg.solve(s, b, left=left))
     with pytest.raises(AssertionError):
         test_the_loss_is_the_discarded_singular_values.hypothesis.inner_test(3, 0)
+
+
+def test_the_budget_does_not_depend_on_the_units_of_a_layer():
+    """Inputs a thousand times as large change no rank: each layer's error is measured against its own outputs."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.scale = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False), 1.0
+
+        def forward(self, x):
+            return self.first(x) + self.second(self.scale * x)
+
+    torch.manual_seed(0)
+    model, data = Two(), task(inputs())
+    ranks = []
+    for model.scale in (1.0, 1000.0):
+        thin = WhitenedSVD(keep=0.5)(model, data)
+        ranks.append((thin.first.rank, thin.second.rank))
+    assert ranks[0] == ranks[1]
