@@ -13,7 +13,7 @@ from effkit.zoo.fetch import where
 from effkit.zoo.gguf import read_gguf
 from effkit.zoo.gpt import GPT, GPTConfig
 from effkit.zoo.tasks import classification, language
-from effkit.zoo.tokens import encode, shipped_tokenizer
+from effkit.zoo.tokens import encode_once, shipped_tokenizer
 from effkit.zoo.use import Use
 from effkit.zoo.vision import MLP, ResNet
 
@@ -78,7 +78,7 @@ def numpy_task() -> Task:
 
 def _source_task(name: str, text: Callable[[str], tuple[str, ...]]) -> Task:
     coder = shipped_tokenizer()
-    streams = {split: encode(coder, text(split)) for split in ("train", "val", "test")}
+    streams = {split: encode_once(coder, text(split)) for split in ("train", "val", "test")}
     return language(name, coder, {**streams, "calib": streams["train"]})
 
 
