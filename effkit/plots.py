@@ -163,6 +163,8 @@ def small_multiples(
     for axes, value in zip(np.atleast_1d(grid), values, strict=True):
         draw(axes, value)
         axes.set_title(f"{name} = {value}", fontsize=10)
+    if fig.axes[0].get_legend_handles_labels()[0]:
+        fig.axes[0].legend(fontsize=8)
     return fig
 
 

@@ -68,7 +68,9 @@ def _value(value: object, hint: object, where: str, catalog) -> object:
     if isinstance(value, dict):
         value = _decode(value, catalog)
     if isinstance(value, list):
-        args = [a for a in typing.get_args(hint) if a is not Ellipsis] or [object]
+        kinds = (hint, *typing.get_args(hint))  # of `tuple[int, ...] | None` the tuple
+        kind = next((k for k in kinds if typing.get_origin(k) is tuple), hint)
+        args = [a for a in typing.get_args(kind) if a is not Ellipsis] or [object]
         value = tuple(_value(v, args[min(i, len(args) - 1)], f"{where}[{i}]", catalog) for i, v in enumerate(value))
     if not _fits(value, hint):
         raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")

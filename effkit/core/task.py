@@ -84,8 +84,10 @@ class Task:
         missing = [name for name in fields if getattr(self, name) is None or _empty(getattr(self, name))]
         if missing:
             which, one = ", ".join(missing), missing[0]
-            raise ValueError(f"{type(by).__name__} reads task.{which}, which this task lacks; pass Task({one}=...)")
+            who = getattr(by, "__name__", type(by).__name__)  # functions and classes have a name, techniques a class
+            raise ValueError(f"{who} reads task.{which}, which this task lacks; pass Task({one}=...)")
 
 
 def _empty(value: object) -> bool:
-    return isinstance(value, Batches) and len(value.inputs) == 0
+    """Batches, or windows of a text, of which there is none."""
+    return hasattr(value, "at") and len(value) == 0  # type: ignore[arg-type]

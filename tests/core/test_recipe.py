@@ -22,6 +22,7 @@ class Nested(Technique):
     on: bool = False
     how: Literal["a", "b"] = "a"
     pairs: tuple[tuple[str, int], ...] = ()
+    sizes: tuple[int, ...] | None = None
     inner: Technique = Identity()
 
 
@@ -36,6 +37,7 @@ def nested(inner):
         on=st.booleans(),
         how=st.sampled_from("ab"),
         pairs=st.lists(st.tuples(st.text(max_size=3), st.integers()), max_size=2).map(tuple),
+        sizes=st.none() | st.lists(st.integers(), max_size=2).map(tuple),
         inner=inner | st.lists(inner, max_size=3).map(lambda steps: Pipeline(tuple(steps))),
     )
 
