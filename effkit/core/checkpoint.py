@@ -22,8 +22,9 @@ from effkit.core.paths import write_atomically
 
 SCHEMA = 1
 #: modules of torch that are rebuilt from the numbers their constructors take
-_TORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.Embedding,
-          nn.ReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Identity, nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # fmt: skip
+_TORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm,
+          nn.Embedding, nn.ReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Identity, nn.Flatten,
+          nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # fmt: skip
 KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _TORCH}
 _CONTAINERS = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList}
 
