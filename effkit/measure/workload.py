@@ -118,6 +118,9 @@ class TrainStep:
         if not trained:
             raise ValueError("no parameter requires gradients: unfreeze some with requires_grad_(True), or use Forward")
         optimizer = torch.optim.AdamW(trained, lr=0.0)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # the moments are there from the first unit on, as in every later step of a training
         batch = resized(task.train.at(0), self.batch, device_of(model))  # type: ignore[union-attr]
 
         @torch.enable_grad()

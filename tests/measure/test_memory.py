@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from effkit.measure import peak, resident
+from effkit.core.task import Batches, Task
+from effkit.core.technique import clone
+from effkit.measure import TrainStep, peak, resident
 
 MB = 1_000_000
 
@@ -69,3 +71,17 @@ def test_buffers_and_sparse_matrices_count():
     diagonal = torch.sparse_csr_tensor(torch.arange(101), torch.arange(100), torch.ones(100), check_invariants=True)
     sparse.register_buffer("w", diagonal)
     assert resident(sparse).value == 101 * 8 + 100 * 8 + 100 * 4
+
+
+def test_a_training_step_holds_the_moments_while_activations_are_at_their_peak():
+    """Where activations outweigh the weights, W, the peak is in the backward pass; AdamW's two moments come on top."""
+    model = nn.Sequential(nn.Linear(500, 500, bias=False), nn.ReLU(), nn.Linear(500, 1, bias=False))  # W = 1 MB
+    data = Batches(torch.randn(2000, 500), torch.randn(2000, 1))
+    task = Task(train=data, loss=lambda out, batch: (out - batch[1]).square().mean())
+
+    def without_optimizer():
+        copied, batch = clone(model), (data.inputs.clone(), data.targets.clone())
+        task.loss(copied(batch[0]), batch).backward()
+
+    moments = peak(lambda: TrainStep(2000).prepare(model, task)()).value - peak(without_optimizer).value
+    assert moments == pytest.approx(2 * MB, rel=0.1)
