@@ -119,7 +119,7 @@ def select(
     min_score: Annotated[float | None, typer.Option(help="On val; where less is better, the most allowed.")] = None,
     trials: Annotated[int, typer.Option(help="Candidates to measure, those of earlier calls included.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
-    sampler: Annotated[str, typer.Option(help="tpe, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="tpe, evolution or random.")] = "tpe",
     prefer: Annotated[str | None, typer.Option(help="score, bytes or latency: what the best is best at.")] = None,
     longest: Annotated[int, typer.Option(help="Techniques in one sequence, at most.")] = 2,
     training: Annotated[bool, typer.Option("--training", help="Also techniques that train.")] = False,

@@ -5,6 +5,7 @@ space        sequences of techniques and their settings, as data; forbidden orde
 constraints  hard limits on bytes, latency and score, and by how much a candidate misses them
 candidates   one evaluation for all: apply, write the file, score on val, time
 search       Optuna proposes, a journal remembers; random search as the baseline
+evolution    breeding sequences: walks are crossed, not vectors
 select       the whole: search, measure again, recommend, report on test
 """
 

@@ -2,13 +2,13 @@
 
 Problem   Thousands of candidates, seconds each: no time to try them all.
 Idea      Learn from those tried where to look next. TPE models the settings of good and of bad candidates and proposes
-          where the ratio of the two densities is high; NSGA-II breeds the frontier; random search learns nothing, and
-          is the baseline that the others have to beat.
+          where the ratio of the two densities is high; evolution (evolution.py) breeds the frontier; random search
+          learns nothing, and is the baseline that the others have to beat.
 Resuming  Proposal k is a function of (seed, the candidates measured before it) alone, as batch k of a training run
           is. So a search that was killed goes on with the very proposals that it would have made.
 Sharing   Several processes of one host may work on one journal file; what a dead one left half done is proposed again.
-Source    Bergstra et al. 2011, "Algorithms for hyper-parameter optimization", NeurIPS 24 (TPE); Deb et al. 2002,
-          doi:10.1109/4235.996017 (NSGA-II); Akiba et al. 2019, arXiv:1907.10902 (Optuna, define by run).
+Source    Bergstra et al. 2011, "Algorithms for hyper-parameter optimization", NeurIPS 24 (TPE);
+          Akiba et al. 2019, arXiv:1907.10902 (Optuna, define by run).
 """
 
 import hashlib
@@ -31,13 +31,16 @@ from effkit.core import recipe
 from effkit.core.checks import require_choice, require_int
 from effkit.core.report import Reading
 from effkit.core.task import Score
-from effkit.core.technique import Technique
+from effkit.core.technique import Identity, Technique
 from effkit.selection.candidates import Candidate, costs
 from effkit.selection.constraints import Constraints
+from effkit.selection.evolution import child
 from effkit.selection.journal import journal
-from effkit.selection.space import STOP, Space
+from effkit.selection.space import Space
 
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("tpe", "evolution", "random")
+STARTUP = 6  # random proposals before TPE begins to learn
+ATTEMPTS = 4  # proposals of the sampler, before a random walk takes its place
 TRIES = 200  # random walks in search of a candidate that was not tried yet
 
 
@@ -87,34 +90,41 @@ class Search:
 
     def _propose(self, study: optuna.Study, done: Sequence[Candidate]) -> tuple[Trial, Technique] | None:
         """The sampler's proposal; where it repeats itself, a random walk to something new, or None: nothing is left."""
+        if not done:
+            return self._claim(study), Identity()  # the unchanged model is the first candidate of every search
         tried = {candidate.key for candidate in done}
-        if not done and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            study.enqueue_trial(self._first())
-        study.sampler = self._sampler(len(done))
-        trial, technique = self._ask(study)
-        if technique is not None and Candidate(technique).key not in tried:
-            return trial, technique
-        study.tell(trial, state=TrialState.FAIL)
+        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a killed process may have left one
+            self._breed(study, len(done))
+        for attempt in range(ATTEMPTS):
+            study.sampler = self._sampler(len(done), attempt)
+            trial, technique = self._ask(study)
+            if technique is not None and Candidate(technique).key not in tried:
+                return trial, technique
+            study.tell(trial, state=TrialState.FAIL)
         if (params := self._untried(tried, random.Random(f"{self.seed} {len(done)}"))) is None:
             return None
         study.enqueue_trial(params)
         trial, technique = self._ask(study)
         return (trial, technique) if technique is not None else None
 
-    def _ask(self, study: optuna.Study) -> tuple[Trial, Technique | None]:
-        """A proposal; no technique where the settings proposed clash."""
+    def _breed(self, study: optuna.Study, done: int) -> None:
+        if self.sampler == "evolution":
+            measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            study.enqueue_trial(child(measured, random.Random(f"{self.seed} {done} child")))
+
+    def _claim(self, study: optuna.Study) -> Trial:
+        """A trial, marked as ours."""
         trial = study.ask()
         trial.set_user_attr("owner", f"{socket.gethostname()} {os.getpid()}")
+        return trial
+
+    def _ask(self, study: optuna.Study) -> tuple[Trial, Technique | None]:
+        """A proposal; no technique where the settings proposed clash."""
+        trial = self._claim(study)
         try:
             return trial, self.space.draw(lambda what, options: suggest(trial, what, options))
         except ValueError:
             return trial, None
-
-    def _first(self) -> dict[str, object]:
-        """The walk that stops at once: the unchanged model is the first candidate of every search."""
-        params: dict[str, object] = {}
-        self.space.draw(lambda what, options: params.setdefault(what, STOP))
-        return params
 
     def _untried(self, tried: set[str], rng: random.Random) -> dict[str, object] | None:
         """A random walk to a candidate that was not tried."""
@@ -168,14 +178,14 @@ class Search:
         missing = sorted(trait.name for trait in self.space.missing)
         return json.dumps([parts, self.space.longest, missing, repr(self.limits), self.timed, self.sampler, self.seed])
 
-    def _sampler(self, done: int) -> optuna.samplers.BaseSampler:
-        seed = random.Random(f"{self.seed} {done}").getrandbits(31)
+    def _sampler(self, done: int, attempt: int) -> optuna.samplers.BaseSampler:
+        seed = random.Random(f"{self.seed} {done} {attempt}").getrandbits(31)
         constraints = missed if self.limits.count else None
-        if self.sampler == "random":
+        if self.sampler != "tpe":
             return optuna.samplers.RandomSampler(seed)
-        if self.sampler == "nsga2":
-            return optuna.samplers.NSGAIISampler(population_size=10, seed=seed, constraints_func=constraints)
-        return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, constraints_func=constraints)
+        return optuna.samplers.TPESampler(
+            n_startup_trials=STARTUP, multivariate=True, group=True, seed=seed, constraints_func=constraints
+        )
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def select(
 
     space    sequences and settings; {"RTN": {"bits": (3, 4)}} for short; what the catalogue offers, where it is None
     trials   different candidates that are measured; those in `storage`, a file from an earlier call, count
-    sampler  "tpe", "nsga2" or "random"
+    sampler  "tpe", "evolution" or "random"
     prefer   "score", "bytes" or "latency"; None: the score, or bytes where the score alone has a limit
     work     what is timed, where there is a limit on latency or latency is preferred; Decode for decoders, else Forward
     screen   the share of val that is scored first, see Evaluate

@@ -86,7 +86,8 @@ class Space:
         steps: tuple[Technique, ...] = ()
         while len(steps) < self.longest and (options := self.after(steps)):
             so_far = " > ".join(type(step).__name__ for step in steps) or "nothing"
-            name = choose(f"after {so_far}: {' or '.join(options)}", (STOP, *options))
+            ends = (STOP,) if steps else ()  # to do nothing at all is no walk
+            name = choose(f"after {so_far}: {' or '.join(options)}", (*ends, *options))
             if name == STOP:
                 break
             chosen = {key: choose(f"{name}.{key}", values) for key, values in self.techniques[name].items()}
@@ -96,7 +97,8 @@ class Space:
         return Pipeline(steps) if len(steps) > 1 else (*steps, Identity())[0]
 
     def everything(self) -> Iterator[Technique]:
-        """Every candidate, each once: `draw` follows a script of choices, whose last one moves on each time."""
+        """Every candidate, each once: nothing, then walks by a script of choices, whose last one moves on each time."""
+        yield Identity()
         script: list[int] = []
         while True:
             trace: list[tuple[int, int]] = []
