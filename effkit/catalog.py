@@ -11,16 +11,8 @@ from effkit.core import recipe
 from effkit.core.technique import Technique
 
 #: the eight paradigms, in the order of the course
-PARADIGMS = (
-    "quantization",
-    "pruning",
-    "distillation",
-    "factorization",
-    "compilation",
-    "peft",
-    "caching",
-    "speculative",
-)
+PARADIGMS = ("quantization", "pruning", "distillation", "factorization",
+             "compilation", "peft", "caching", "speculative")  # fmt: skip
 
 
 @cache
@@ -29,13 +21,8 @@ def techniques() -> dict[str, type[Technique]]:
     found: dict[str, type[Technique]] = {}
     for package in ("core", "zoo", *PARADIGMS, "combining"):
         for module in _modules(f"effkit.{package}"):
-            for name, kind in vars(module).items():
-                if not (
-                    inspect.isclass(kind)
-                    and issubclass(kind, Technique)
-                    and kind.__module__ == module.__name__
-                    and _complete(kind)
-                ):
+            for name, kind in inspect.getmembers(module, inspect.isclass):
+                if not issubclass(kind, Technique) or kind.__module__ != module.__name__ or not _complete(kind):
                     continue
                 if name in found:
                     raise ValueError(

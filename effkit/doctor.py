@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -16,7 +15,6 @@ from effkit.core import native
 from effkit.core.paths import cache_dir, checkout
 
 GIB = 2**30
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
 INSTALL = "python -m pip install -c requirements.lock"
 
 
@@ -32,7 +30,15 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, most important first."""
-    return [question() for question in QUESTIONS]
+    return [answer(question) for question in QUESTIONS]
+
+
+def answer(question: Callable[[], Finding]) -> Finding:
+    """What is found; on a machine that lacks much, some questions can't be asked."""
+    try:
+        return question()
+    except (ImportError, OSError) as error:
+        return Finding(question.__name__, f"can't be told: {error}")
 
 
 def python() -> Finding:
@@ -58,15 +64,10 @@ def torch() -> Finding:
 
 def torchvision() -> Finding:
     try:
-        torchvision = importlib.import_module("torchvision")
-        extension = importlib.import_module("torchvision.extension")
+        return Finding("torchvision", importlib.import_module("torchvision").__version__, required=True)
     except (ImportError, OSError, RuntimeError) as error:
         remedy = "install the torchvision that was released with your torch"
         return Finding("torchvision", f"cannot be imported: {error}", remedy, required=True)
-    operators = "with" if extension._has_ops() else "without"
-    return Finding(
-        "torchvision", f"{torchvision.__version__}, {operators} its compiled operators (none is needed)", required=True
-    )
 
 
 def compiler() -> Finding:
@@ -76,12 +77,9 @@ def compiler() -> Finding:
 
 
 def processor() -> Finding:
-    """Linux lists the features that efficiency hangs on; elsewhere the name must do."""
-    told = _read("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", told)
-    features = [name for name in FEATURES if name in told.split()] or ["its features are not listed"]
-    name = model[1] if model else platform.processor() or platform.machine()
-    return Finding("processor", f"{name}, {os.cpu_count()} cores: {' '.join(features)}")
+    from effkit.measure.roofline import processor
+
+    return Finding("processor", str(processor()))
 
 
 def memory() -> Finding:
@@ -120,10 +118,9 @@ def smollm2() -> Finding:
 
 
 def energy() -> Finding:
-    counters = [path for path in Path("/sys/class/powercap").glob("*/energy_uj") if os.access(path, os.R_OK)]
-    return Finding(
-        "energy", f"{len(counters)} counters can be read" if counters else "no counter: joules are estimates"
-    )
+    from effkit.measure.energy import counters
+
+    return Finding("energy", ", ".join(c.name for c in counters()) or "no counter: joules are estimates")
 
 
 def peers() -> Finding:
@@ -156,12 +153,7 @@ def _requirements(extra: str | None) -> list[str]:
 
 
 def _missing(names: list[str]) -> list[str]:
-    installed = {_normal(found.name) for found in importlib.metadata.distributions() if found.name}
-    return [name for name in names if _normal(name) not in installed]
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return [name for name in names if not any(importlib.metadata.Distribution.discover(name=name))]
 
 
 def _free_memory() -> int | None:

@@ -11,6 +11,10 @@ import textwrap
 from collections.abc import Callable
 from datetime import date
 
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
 
 class Note(str):
     """Text in Markdown: rendered where a notebook shows it as the value of a cell, plain elsewhere."""
@@ -53,15 +57,8 @@ def show(subject: Callable | type) -> None:
 
 def highlighted(source: str, caption: str) -> str:
     """HTML of Python source with its colours inline, so that a saved notebook needs no style sheet."""
-    try:
-        from pygments import highlight
-        from pygments.formatters import HtmlFormatter
-        from pygments.lexers import PythonLexer
-    except ImportError:
-        code = f"<pre>{html.escape(source)}</pre>"
-    else:
-        style = HtmlFormatter(noclasses=True, prestyles="color: #222; padding: 0.6em")
-        code = highlight(source, PythonLexer(), style)
+    style = HtmlFormatter(noclasses=True, prestyles="color: #222; padding: 0.6em")
+    code = highlight(source, PythonLexer(), style)
     return f"<figure><figcaption><code>{html.escape(caption)}</code></figcaption>{code}</figure>"
 
 

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from effkit.core.checks import require_choice
@@ -62,11 +64,14 @@ def draw_lines(axes: Axes, series: Named) -> None:
         band = _values(spread[0]) if spread else _spreads(y)
         if band is not None:
             axes.fill_between(_values(x), values - band, values + band, color=style["color"], alpha=0.2, linewidth=0)
+    if all((_values(x) % 1 == 0).all() for x, *_ in series.values()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def crossings(x, a, b, *, logx=False) -> list[float]:
-    """Where the curves a and b cross, by straight lines between the points (in log x where asked)."""
-    place, gap = (np.log(_values(x)) if logx else _values(x)), _values(a) - _values(b)
+def crossings(x, a, b, *, logx=False, logy=False) -> list[float]:
+    """Where the curves a and b cross, by straight lines between the points in the scales that the axes show."""
+    place = np.log(_values(x)) if logx else _values(x)
+    gap = np.log(_values(a) / _values(b)) if logy else _values(a) - _values(b)
     i = np.flatnonzero(np.sign(gap[:-1]) * np.sign(gap[1:]) < 0)
     between = place[i] - gap[i] * (place[i + 1] - place[i]) / (gap[i + 1] - gap[i])
     found = np.sort(np.concatenate((between, place[gap == 0])))
@@ -78,10 +83,10 @@ def crossover(x, a, b, *, names: tuple[str, str], title: str, xlabel: str, ylabe
     fig, axes = figure(title, xlabel, ylabel)
     draw_lines(axes, {names[0]: (x, a), names[1]: (x, b)})
     _finish(axes, logx, logy)
-    places = crossings(x, a, b, logx=logx)
+    places = crossings(x, a, b, logx=logx, logy=logy)
     for place in places:
         axes.axvline(place, color=GREY, linestyle=":", linewidth=1)
-        axes.annotate(f" {place:.3g}", (place, 0.02), xycoords=("data", "axes fraction"), color=GREY)
+        axes.annotate(f" {_plain(place)}", (place, 0.02), xycoords=("data", "axes fraction"), color=GREY)
     if not places:
         axes.annotate("no crossing in this range", (0.5, 0.02), xycoords="axes fraction", ha="center", color=GREY)
     return fig
@@ -91,7 +96,8 @@ def bars(values: Named, *, title: str, xlabel: str, ylabel: str) -> Figure:
     """One horizontal bar a name, so that names stay readable, each with its number; a Reading's spread as a whisker."""
     fig, axes = figure(title, xlabel, ylabel, size=(6.4, 1.2 + 0.4 * len(values)))
     numbers, spread = _values(values.values()), _spreads(values.values())
-    drawn = axes.barh(list(values), numbers, xerr=spread, color=COLOURS[0], height=0.6, error_kw={"ecolor": GREY})
+    drawn = axes.barh(list(values), numbers, xerr=spread, color=COLOURS[0], height=0.6,
+                      error_kw={"ecolor": "black", "capsize": 3, "zorder": 3})  # fmt: skip
     for bar, hatch in zip(drawn, itertools.cycle(("", "//", "..", "\\\\", "xx")), strict=False):
         bar.set(hatch=hatch, edgecolor="white")
     axes.bar_label(drawn, [f"{number:.3g}" for number in numbers], padding=4)
@@ -117,18 +123,6 @@ def heatmap(
             dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
     fig.colorbar(image, ax=axes, label=unit)
-    return fig
-
-
-def histogram(values: Named, *, title: str, xlabel: str, bins: int = 60, logy=False) -> Figure:
-    """How values are distributed: the share in each bin, outlines only, so that none hides another."""
-    fig, axes = figure(title, xlabel, "share of values (%)")
-    flat = {name: _array(v).ravel() for name, v in values.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(flat.values())), bins)
-    for (name, v), style in zip(flat.items(), _styles(), strict=False):
-        share = 100 * np.histogram(v, edges)[0] / v.size
-        axes.stairs(share, edges, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
-    _finish(axes, False, logy)
     return fig
 
 
@@ -163,8 +157,8 @@ def small_multiples(
     for axes, value in zip(np.atleast_1d(grid), values, strict=True):
         draw(axes, value)
         axes.set_title(f"{name} = {value}", fontsize=10)
-    if fig.axes[0].get_legend_handles_labels()[0]:
-        fig.axes[0].legend(fontsize=8)
+    if len(fig.axes[0].get_legend_handles_labels()[0]) > 1:
+        fig.axes[0].legend(fontsize=8, frameon=False)
     return fig
 
 
@@ -232,7 +226,24 @@ def _styles() -> Iterator[dict]:
 
 def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
     axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    for axis, logarithmic in ((axes.xaxis, logx), (axes.yaxis, logy)):
+        if logarithmic:
+            _label(axis)
     axes.legend(frameon=False, **place)
+
+
+def _label(axis) -> None:
+    """Numbers as people write them, on as many ticks of a logarithmic axis as there is room for."""
+    low, high = axis.get_view_interval()
+    few = math.log10(high / low) < 1.5
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    """Three digits; powers of ten only where a number would be unreadably long."""
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _array(numbers) -> np.ndarray:

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from effkit import plots, zoo
@@ -23,8 +23,9 @@ from effkit.core.paths import write_atomically
 from effkit.core.report import Reading, Report, Table
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.core.task import Task
-from effkit.core.technique import Technique, evaluating
-from effkit.measure import Decode, Forward, TrainStep, Work, compare, processor, quality
+from effkit.core.technique import Technique
+from effkit.measure import Decode, Forward, Paired, TrainStep, Work, compare, processor
+from effkit.measure.quality import contrast, scores, summary_of
 
 Loader = Callable[[str], tuple[nn.Module, Task]]
 _REPEATS, _BUDGET = 5, 1.0
@@ -33,28 +34,39 @@ _FASTER = 1.05  # a ratio nearer to 1 than this is no difference, whatever the s
 
 @dataclass(frozen=True)
 class Stop:
-    """One station: what was shown, its baseline's readings and its own."""
+    """One station: what was shown, the name of its task's score, its baseline's readings and its own, and the change
+    of the score, example by example."""
 
     paradigm: str
     model: str
+    score: str
     baseline: Report
     result: Report
+    change: Paired
 
     @property
     def verdict(self) -> str:
-        return verdict(self.result.name, self.baseline, self.result)
+        """One sentence from the numbers: smaller or not, faster or not and why, and what it costs in quality."""
+        before, after = self.baseline, self.result
+        smaller, faster = ratio(before, after, "bytes on disk") > _FASTER, speedup(before, after) > _FASTER
+        joined = ", and " if smaller == faster else ", but "
+        slower = 1 / speedup(before, after)
+        how = f"{slower:.2f}x slower" if slower > _FASTER else "not faster"
+        gain = f"{speedup(before, after):.2f}x faster here, because {_gain(before, after)}"
+        speed = gain if faster else f"{how} here, because {_loss(before, after)}"
+        return f"{after.name}: {_size(before, after)}{joined}{speed}{_training(before, after)}; {_score(self)}."
 
 
 def tour(load: Loader = zoo.load, *, everything: bool = False) -> list[Stop]:
     """The first exhibit of each paradigm, or all of them; scores are of the whole held-out set."""
     load = cache(load)
-    scores: dict[tuple[str, str], Reading] = {}
+    seen: dict[tuple[str, str], Tensor] = {}
     stations = [(s.paradigm, e) for s in showcases() for e in (s.exhibits if everything else s.exhibits[:1])]
     bar = tqdm(stations, desc="tour", unit="technique")
     stops = []
     for paradigm, exhibit in bar:
         bar.set_postfix_str(f"{paradigm} of {exhibit.model}")
-        stops.append(visit(paradigm, exhibit, *load(exhibit.model), scores))
+        stops.append(visit(paradigm, exhibit, *load(exhibit.model), seen))
     return stops
 
 
@@ -64,30 +76,27 @@ def showcases() -> Iterator[Showcase]:
 
 
 def visit(
-    paradigm: str, exhibit: Exhibit, model: nn.Module, task: Task, scores: dict[tuple[str, str], Reading]
+    paradigm: str, exhibit: Exhibit, model: nn.Module, task: Task, seen: dict[tuple[str, str], Tensor]
 ) -> Stop:
-    """Applies the technique and measures it beside its baseline, in turns."""
+    """Applies the technique and measures it beside its baseline, in turns. `seen` keeps scores for the next stop."""
     before, after = exhibit.baseline(), exhibit.technique()
     models = {title(before): before(model, task), title(after): after(model, task)}
     table = compare(models, task, workload(exhibit), quality=False, min_repeats=_REPEATS, budget_s=_BUDGET)
-    reports = []
+    reports: list[Report] = []
+    values: list[Tensor] = []
     for technique, (name, made) in zip((before, after), models.items(), strict=True):
         key = (exhibit.model, repr(technique))
-        if key not in scores:
-            with evaluating(made):
-                scores[key] = quality(made, task)
+        if key not in seen:
+            seen[key] = scores(made, task)
+        values.append(seen[key])
         trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
-        extra = {task.score.name: scores[key], "trainable": Reading(trained, "params", "counted")}
+        extra = {task.score.name: summary_of(seen[key], task), "trainable": Reading(trained, "params", "counted")}
         reports.append(replace(table[name], readings=extra | table[name].readings))
-    return Stop(paradigm, exhibit.model, *reports)
+    return Stop(paradigm, exhibit.model, task.score.name, reports[0], reports[1], contrast(values[0], values[1], task))
 
 
 def workload(exhibit: Exhibit) -> Work:
-    works: dict[str, Work] = {
-        "forward": Forward(exhibit.batch),
-        "decode": Decode(prompt=64, new=64),
-        "train": TrainStep(exhibit.batch),
-    }
+    works: dict[str, Work] = {"forward": Forward(exhibit.batch), "decode": Decode(prompt=64, new=64), "train": TrainStep(exhibit.batch)}
     return works[exhibit.work]
 
 
@@ -101,14 +110,6 @@ def _short(value: object) -> str:
     return title(value) if isinstance(value, Technique) else repr(value)
 
 
-def verdict(name: str, before: Report, after: Report) -> str:
-    """One sentence from the numbers: smaller or not, faster or not and why, and what it costs in quality."""
-    smaller, faster = ratio(before, after, "bytes on disk") > _FASTER, speedup(before, after) > _FASTER
-    joined = ", and " if smaller == faster else ", but "
-    speed = _faster(before, after) if faster else _not_faster(before, after)
-    return f"{name}: {_size(before, after)}{joined}{speed}{_training(before, after)}; {_score(before, after)}."
-
-
 def ratio(before: Report, after: Report, reading: str) -> float:
     """before / after: over 1 where the technique needs less."""
     if reading not in before or reading not in after or not after[reading].value:
@@ -117,7 +118,7 @@ def ratio(before: Report, after: Report, reading: str) -> float:
 
 
 def speedup(before: Report, after: Report) -> float:
-    """The ratio of the latencies; 1 where the medians differ by no more than the wider interquartile range."""
+    """The ratio of the latencies; 1 where the medians differ by no more than the wider spread."""
     old, new = before["latency"], after["latency"]
     apart = abs(old.value - new.value) > max(old.spread or 0.0, new.spread or 0.0)
     return ratio(before, after, "latency") if apart else 1.0
@@ -131,16 +132,6 @@ def _size(before: Report, after: Report) -> str:
     if smaller > _FASTER:
         return f"{smaller:.1f}x smaller on disk"
     return "no smaller on disk" if smaller > 1 / _FASTER else f"{1 / smaller:.1f}x larger on disk"
-
-
-def _faster(before: Report, after: Report) -> str:
-    return f"{speedup(before, after):.2f}x faster here, because {_gain(before, after)}"
-
-
-def _not_faster(before: Report, after: Report) -> str:
-    slower = 1 / speedup(before, after)
-    how = f"{slower:.2f}x slower" if slower > _FASTER else "not faster"
-    return f"{how} here, because {_loss(before, after)}"
 
 
 def _training(before: Report, after: Report) -> str:
@@ -170,31 +161,18 @@ def _loss(before: Report, after: Report) -> str:
     return "it does the same multiplications on the same numbers"
 
 
-def _score(before: Report, after: Report) -> str:
-    """How the score moved, against the standard error of the wider of the two."""
-    name = next(n for n in after if after[n].better in ("higher", "lower") and n in before and n not in _COSTS)
-    old, new = before[name], after[name]
-    sign = 1 if new.better == "higher" else -1
-    gain = sign * (new.value - old.value)
+def _score(stop: Stop) -> str:
+    """How the score moved; noise is what the interval of the paired difference cannot tell from nothing."""
+    name, old, new = stop.score, stop.baseline[stop.score], stop.result[stop.score]
+    gain = (1 if new.better == "higher" else -1) * (new.value - old.value)
     if gain == 0:
         return f"{name} is the same, {new.value:.4g}"
     word = "better" if gain > 0 else "worse"
-    noise = " (within the noise)" if abs(gain) <= max(old.spread or 0.0, new.spread or 0.0) else ""
+    low, high = stop.change.interval
+    noise = " (within the noise)" if low <= 0 <= high else ""
     return f"{name} {word} by {abs(gain):.2g}, from {old.value:.4g} to {new.value:.4g}{noise}"
 
 
-_COSTS = {
-    "bytes on disk",
-    "resident memory",
-    "peak memory",
-    "parameters",
-    "nonzeros",
-    "macs",
-    "latency",
-    "throughput",
-    "energy",
-    "trainable",
-}
 _SHOWN = ("bytes on disk", "latency", "macs")
 
 
@@ -203,40 +181,23 @@ def summary(stops: list[Stop]) -> Table:
     rows = []
     for stop in stops:
         for report, role in ((stop.baseline, "baseline"), (stop.result, stop.paradigm)):
-            score = next(name for name in report if name not in _COSTS)
-            shown = {
-                "quality": replace(report[score], unit=report[score].unit or score),
-                **{k: report[k] for k in _SHOWN if k in report},
-            }
+            quality = {"quality": replace(report[stop.score], unit=report[stop.score].unit or stop.score)}
+            shown = quality | {k: report[k] for k in _SHOWN if k in report}
             rows.append(Report(f"{role}: {stop.model} {report.name}", shown))
     return Table(rows)
 
 
 def rows(stops: list[Stop]) -> list[dict]:
     """What tour.json holds: for each station its baseline's readings, then the technique's."""
-    return [
-        {
-            "paradigm": stop.paradigm,
-            "technique": report.name,
-            "model": stop.model,
-            "workload": report.workload,
-            "readings": report.to_json()["readings"],
-        }
-        for stop in stops
-        for report in (stop.baseline, stop.result)
-    ]
+    both = [(stop, report) for stop in stops for report in (stop.baseline, stop.result)]
+    return [{"paradigm": s.paradigm, "technique": r.name, "model": s.model, **r.to_json()} for s, r in both]
 
 
 def write(stops: list[Stop], folder: Path) -> None:
     """tour.json and a self-contained tour.html, each whole or not at all. Raises OSError naming a folder that can't be
     written."""
-    try:
-        write_atomically(folder / "tour.json", json.dumps(rows(stops), indent=1).encode())
-        write_atomically(folder / "tour.html", page(stops).encode())
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {folder} ({error.strerror or error}); choose another folder with --out"
-        ) from error
+    write_atomically(folder / "tour.json", json.dumps(rows(stops), indent=1).encode())
+    write_atomically(folder / "tour.html", page(stops).encode())
 
 
 def page(stops: list[Stop]) -> str:
@@ -255,9 +216,5 @@ def page(stops: list[Stop]) -> str:
 def chart(stops: list[Stop]):
     """How many times faster, one bar a paradigm: 1 is no gain."""
     gains = {f"{s.paradigm} ({s.model})": s.baseline["latency"] / s.result["latency"] for s in stops}
-    return plots.bars(
-        gains,
-        title="Which paradigm is faster here?",
-        xlabel="baseline's latency over the technique's (1 = no gain)",
-        ylabel="paradigm",
-    )
+    label = "baseline's latency over the technique's (1 = no gain)"
+    return plots.bars(gains, title="Which paradigm is faster here?", xlabel=label, ylabel="paradigm")

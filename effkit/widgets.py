@@ -5,6 +5,8 @@ Both say in text what they are: a notebook read without a kernel, or run by nbva
 
 from collections.abc import Callable, Sequence
 
+import ipywidgets as widgets
+
 from effkit.exercises.base import Question
 from effkit.notebook import display, live, say
 
@@ -35,8 +37,7 @@ class Predict:
 
     def widget(self):
         """The box or the choices with a line that confirms; None without ipywidgets or a kernel."""
-        widgets = _ipywidgets()
-        if widgets is None:
+        if not live():
             return None
         if self.options:
             entry = widgets.RadioButtons(options=self.options, value=None, description="your guess")
@@ -62,8 +63,7 @@ def interactive(function: Callable, *, still: Callable[[], object], **ranges: ob
     output into a widget.
     """
     still()
-    widgets = _ipywidgets()
-    if widgets is None:
+    if not live():
         say("*With a notebook's kernel and ipywidgets, sliders for " + ", ".join(ranges) + " appear here.*")
         return
     view = widgets.interactive(function, **ranges)
@@ -71,13 +71,3 @@ def interactive(function: Callable, *, still: Callable[[], object], **ranges: ob
         if hasattr(control, "continuous_update"):
             control.continuous_update = False  # a model evaluated at every pixel of a drag falls behind
     display(view._repr_mimebundle_())
-
-
-def _ipywidgets():
-    if not live():
-        return None
-    try:
-        import ipywidgets
-    except ImportError:
-        return None
-    return ipywidgets

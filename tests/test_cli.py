@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,7 +13,6 @@ from typer.testing import CliRunner
 from effkit import course as course_files
 from effkit import stages
 from effkit.cli import app
-from effkit.stages import Stage
 
 COMMANDS = sorted(get_command(app).commands)
 
@@ -57,6 +55,18 @@ def test_the_doctor_says_how_to_get_what_is_missing(tmp_path):
     assert "-> effkit fetch smollm2" in result.output
     assert "-> set EFFKIT_CACHE to a folder of yours" in result.output
     assert "apt install gcc" in result.output
+
+
+def test_the_doctor_works_on_a_machine_without_torch():
+    """It is the one command that must."""
+    code = "import sys; sys.modules.update(torch=None); sys.argv = ['effkit', 'doctor']; from effkit.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    lacks = next(line for line in run.stdout.splitlines() if line.startswith("LACKS torch "))
+    assert "cannot be imported" in lacks and "pip install -c requirements.lock torch" in run.stdout
+    use = "import sys; sys.modules.update(torch=None); import effkit; effkit.zoo"
+    run = subprocess.run([sys.executable, "-c", use], capture_output=True, text=True)
+    assert "ImportError: effkit lacks something here" in run.stderr and "effkit doctor" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -122,27 +132,26 @@ def test_a_notebook_that_fails_stays_as_it_was(course):
     assert path.read_bytes() == before
 
 
-GOOD, BAD = Stage("good", ("platform",)), Stage("bad", ("effkit.no_such_module",))
-
-
 def test_every_stage_runs_and_one_failure_fails_all(monkeypatch):
-    monkeypatch.setattr(stages, "CHECK", (BAD, GOOD))
+    monkeypatch.setattr(stages, "STAGES", {"lint": "effkit.no_such_module", "types": "platform", "fast tests": "platform"})
     result = effkit("check")
     assert result.exit_code == 1
-    summary = result.output.strip().splitlines()[-2:]
-    assert [line.split()[:2] for line in summary] == [["bad", "FAILED"], ["good", "passed"]]
+    summary = [line.rsplit(maxsplit=3)[:2] for line in result.output.strip().splitlines()[-3:]]
+    assert summary == [["lint", "FAILED"], ["types", "passed"], ["fast tests", "passed"]]
 
 
 def test_all_stages_passing_is_success(monkeypatch):
-    monkeypatch.setattr(stages, "CHECK", (GOOD, GOOD))
-    assert effkit("check").exit_code == 0
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, "platform"))
+    for command in ("check", "test", "bench"):
+        assert effkit(command).exit_code == 0
 
 
-def test_notebooks_are_a_stage_once_there_are_any(monkeypatch, course):
-    monkeypatch.setattr(stages, "checkout", lambda: course)
-    assert stages.everything() == (stages.LINT, stages.TYPES, stages.TESTS, stages.NOTEBOOKS)
-    Path(course / "notebooks/00_one.ipynb").unlink()
-    assert stages.everything() == (stages.LINT, stages.TYPES, stages.TESTS)
+def test_every_stage_is_run_by_some_command_and_there_is_no_other(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "run", lambda *names: asked.extend(names) or [(name, 0, 0.0) for name in names])
+    for command in ("check", "test", "bench"):
+        effkit(command)
+    assert set(asked) == set(stages.STAGES)
 
 
 # the catalogue, recipes, training

@@ -27,9 +27,6 @@ FIGURES = {
     "crossover": lambda: plots.crossover(X, X**2, 3 * X, names=("a", "b"), logx=True, logy=True, **WORDS),
     "bars": lambda: plots.bars({"a": 1.0, "b": seconds(2.0, 0.2)}, **WORDS),
     "heatmap": lambda: plots.heatmap(torch.arange(6).view(2, 3), "ab", range(3), unit="nats", center=0, **WORDS),
-    "histogram": lambda: plots.histogram(
-        {"w": torch.nn.Parameter(torch.arange(9.0)), "h": torch.ones(3).bfloat16()}, title="Gaussian?", xlabel="weight"
-    ),
     "roofline": lambda: plots.roofline({"float32": 6e10}, {"memory": seconds(1e10)}, {"decode": (0.2, 1e9)}, **SPEED),
     "small_multiples": lambda: plots.small_multiples(
         lambda axes, bits: plots.draw_lines(axes, {"x": (X, X / bits)}), (2, 4), name="bits", **WORDS
@@ -76,6 +73,28 @@ def test_crossings_are_where_the_curves_meet():
     assert plots.crossings(X, X, np.full(4, 2.0)) == [2.0]
     assert plots.crossings(X, X, X + 1) == []
     assert plots.crossings(X, np.log(X), np.full(4, np.log(3)), logx=True) == pytest.approx([3.0])
+    assert plots.crossings([1, 100], [1, 100], [10, 10], logx=True, logy=True) == pytest.approx([10.0])
+    assert plots.crossings([1, 100], [1, 100], [10, 10]) == pytest.approx([10.0]), "a line is a line in either scale"
+
+
+def test_the_crossing_that_is_marked_is_the_one_that_is_seen():
+    """Drawn straight between points on logarithmic axes: in log2 y, 0 to 4 meets 3 to 1: 0 + 4 t = 3 - 2 t, so t = 1/2, halfway from 1 to 4 in log x: at 2."""
+    fig = plots.crossover([1.0, 4.0], [1.0, 16.0], [8.0, 2.0], names=("a", "b"), logx=True, logy=True, **WORDS)
+    assert [text.get_text().strip() for text in fig.axes[0].texts] == ["2"]
+
+
+def test_numbers_on_axes_are_written_as_people_write_them():
+    fig = plots.lines({"a": ([1, 2, 3], [70.0, 90.0, 130.0])}, logy=True, **WORDS)
+    fig.canvas.draw()
+    assert {"1", "2", "3"} >= {t.get_text() for t in fig.axes[0].get_xticklabels() if t.get_text()}
+    shown = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert "100" in shown and not any("10^" in text for text in shown)
+
+
+def test_panels_share_one_legend_where_there_is_something_to_tell_apart():
+    two = lambda axes, bits: plots.draw_lines(axes, {"one": (X, X / bits), "other": (X, X)})  # noqa: E731
+    fig = plots.small_multiples(two, (2, 4), name="bits", **WORDS)
+    assert [axes.get_legend() is not None for axes in fig.axes] == [True, False]
 
 
 def test_no_crossing_is_said():

@@ -93,8 +93,7 @@ class Preallocated(Technique):
 
     needs = frozenset({DECODER})
     paper = Paper(
-        "Shazeer", 2019, "Fast transformer decoding: one write-head is all you need", "arXiv:1911.02150", "section 2.4"
-    )
+                  "Shazeer", 2019, "Fast transformer decoding: one write-head is all you need", "arXiv:1911.02150", "section 2.4")  # fmt: skip
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return set_kv(model, Preallocating(), by="Preallocated")

@@ -87,7 +87,10 @@ def _from_fx(traced: torch.fx.GraphModule, weights: dict[str, Tensor], spec: Tre
         held = getattr(traced, fx.target) if fx.op == "get_attr" else held
         kind = "weight" if held is not None else "input" if fx.op == "placeholder" else fx.target
         if held is not None:
-            names[fx.name] = f"p_{path.replace('.', '_')}"
+            name = f"p_{path.replace('.', '_')}"
+            while name in values:  # a.b_c and a_b.c are two weights
+                name += "_"
+            names[fx.name] = name
             values[names[fx.name]] = held.detach()
         elif kind == "input":
             names[fx.name] = f"x{sum(node.op == 'input' for node in nodes)}"

@@ -11,7 +11,6 @@ Left out  Explicit vectors, tiles, autotuning: the C compiler's own choices are 
 Source    Lattner et al. 2021, doi:10.1109/CGO51591.2021.9370308 (progressive lowering).
 """
 
-import ctypes
 import math
 
 from effkit.compilation.expressions import C_TYPES, Step, steps
@@ -158,8 +157,3 @@ def _walk(full, sums, reads, inner, made_in, kept, stage: int, output: str) -> s
         else ""
     )
     return text + "    }\n"
-
-
-def argument_types(reads: int) -> list:
-    """Of `kernel`, for ctypes."""
-    return [ctypes.c_void_p] * (reads + 1) + [ctypes.c_int]

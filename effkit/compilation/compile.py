@@ -28,13 +28,8 @@ class Compile(Technique):
     passes: tuple[str, ...] = DEFAULT
 
     breaks = frozenset({EAGER})
-    paper = Paper(
-        "Chen et al.",
-        2018,
-        "TVM: an automated end-to-end optimizing compiler for deep learning",
-        "arXiv:1802.04799",
-        "sec. 3",
-    )
+    paper = Paper("Chen et al.", 2018, "TVM: an automated end-to-end optimizing compiler for deep learning",
+                  "arXiv:1802.04799", "sec. 3")  # fmt: skip
 
     def __post_init__(self):
         if isinstance(self.passes, str):

@@ -7,6 +7,7 @@ Honest    Many of PyTorch's kernels (convolution, attention, embedding) take mem
           outside the arena, and the report says how many of each there are. What is returned is never in the arena.
 """
 
+import math
 import threading
 from typing import Any
 
@@ -15,27 +16,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from effkit.compilation.fusion import Kernel
-from effkit.compilation.ir import Graph, Node, Ref, Type, refs
+from effkit.compilation.ir import Graph, Ref, Type, refs
 from effkit.compilation.plan import Buffer, Plan, best_fit, lifetimes
 
 aten = torch.ops.aten
 #: operators whose kernels really write into `out`, instead of computing elsewhere and copying
-OUT = {
-    aten.mm.default: aten.mm.out,
-    aten.addmm.default: aten.addmm.out,
-    aten.bmm.default: aten.bmm.out,
-    aten.cat.default: aten.cat.out,
-    aten.mean.dim: aten.mean.out,
-    aten.add.Tensor: aten.add.out,
-    aten.sub.Tensor: aten.sub.out,
-    aten.mul.Tensor: aten.mul.out,
-    aten.div.Tensor: aten.div.out,
-    aten.silu.default: aten.silu.out,
-    aten.gelu.default: aten.gelu.out,
-    aten.tanh.default: aten.tanh.out,
-    aten.sigmoid.default: aten.sigmoid.out,
-    aten._softmax.default: aten._softmax.out,
-}
+OUT = {op: op.overloadpacket.out for op in (
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.cat.default, aten.mean.dim, aten.add.Tensor,
+    aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.silu.default, aten.gelu.default, aten.tanh.default,
+    aten.sigmoid.default, aten._softmax.default)}  # fmt: skip
+#: what repr writes of numbers, dtypes and devices
+WORDS = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
 
 
 class Executor:
@@ -63,19 +54,16 @@ class Executor:
 
     def _write(self) -> tuple[str, dict[str, Any]]:
         """The Python source of the graph, and what its names stand for."""
-        known: dict[str, Any] = dict(self.graph.values)
-        known.update({f"m_{name}": self._view(name) for name in self.plan.offsets})
+        known = WORDS | dict(self.graph.values) | {f"m_{name}": self._view(name) for name in self.plan.offsets}
         lines, last = [], _last_uses(self.graph)
-        for node in self.graph.nodes:
-            if node.computes:
-                known.update(_functions(node, into=node.name in self.plan.offsets))
-                lines.append(f"{node.name} = {_call(node, into=node.name in self.plan.offsets)}")
-                dead = [
-                    name
-                    for name in (*node.uses, node.name)
-                    if last.get(name) == node.name and self.graph[name].computes
-                ]
-                lines += [f"del {', '.join(dict.fromkeys(dead))}"] if dead else []
+        for node in self.graph.operators:
+            into = [f"out=m_{node.name}"] if node.name in self.plan.offsets else []
+            known[f"f_{node.name}"] = OUT.get(node.op, node.op) if into else node.op
+            args = [*map(_text, node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items()), *into]
+            lines.append(f"{node.name} = f_{node.name}({', '.join(args)})")
+            seen = dict.fromkeys((*node.uses, node.name))
+            dead = [name for name in seen if last.get(name) == node.name and self.graph[name].computes]
+            lines += [f"del {', '.join(dead)}"] if dead else []
         inputs = ", ".join(node.name for node in self.graph.nodes if node.op == "input")
         results = ", ".join(_result(value, self.graph) for value in self.graph.outputs)
         return "\n    ".join([f"def forward({inputs}):", *lines, f"return [{results}]"]) + "\n", known
@@ -97,28 +85,6 @@ def _last_uses(graph: Graph) -> dict[str, str]:
     """value -> the node after which nobody needs it; what is returned has none."""
     last = {name: node.name for node in graph.nodes for name in (node.name, *node.uses)}
     return {name: where for name, where in last.items() if name not in set(refs(graph.outputs))}
-
-
-def _functions(node: Node, *, into: bool) -> dict[str, Any]:
-    op = OUT.get(node.op, node.op) if into else node.op
-    return {f"f_{node.name}": op, **{f"a_{node.name}_{i}": a for i, a in enumerate(node.args) if not _literal(a)},
-            **{f"k_{node.name}_{k}": v for k, v in node.kwargs.items() if not _literal(v)}}  # fmt: skip
-
-
-def _call(node: Node, *, into: bool) -> str:
-    args = [_text(a) if _literal(a) else f"a_{node.name}_{i}" for i, a in enumerate(node.args)]
-    args += [f"{k}={_text(v) if _literal(v) else f'k_{node.name}_{k}'}" for k, v in node.kwargs.items()]
-    args += [f"out=m_{node.name}"] if into else []
-    return f"f_{node.name}({', '.join(args)})"
-
-
-def _literal(value: Any) -> bool:
-    """Can be written in Python: uses of nodes, plain finite numbers, and tuples of them."""
-    if isinstance(value, tuple):
-        return all(map(_literal, value))
-    return (
-        value is None or isinstance(value, Ref | bool | int | str) or (isinstance(value, float) and value - value == 0)
-    )
 
 
 def _text(value: Any) -> str:

@@ -28,13 +28,7 @@ def _number(value: float) -> str:
 
 
 def _power(x: str, p: str) -> str:
-    known = {
-        2: f"({x} * {x})",
-        3: f"({x} * {x} * {x})",
-        0.5: f"SQRT({x})",
-        -0.5: f"((real)1 / SQRT({x}))",
-        -1: f"((real)1 / {x})",
-    }
+    known = {2: f"({x} * {x})", 3: f"({x} * {x} * {x})", 0.5: f"SQRT({x})", -0.5: f"((real)1 / SQRT({x}))", -1: f"((real)1 / {x})"}
     return {_number(k): v for k, v in known.items()}.get(p, f"POW({x}, {p})")
 
 
@@ -73,14 +67,9 @@ POINTWISE: dict[Any, Callable[..., str]] = {
     aten.pow.Tensor_Scalar: _power,
     aten.neg.default: lambda a: f"(-{a})",
     aten.abs.default: lambda a: f"FABS({a})",
-    aten.exp.default: lambda a: f"EXP({a})",
-    aten.log.default: lambda a: f"LOG({a})",
-    aten.sqrt.default: lambda a: f"SQRT({a})",
     aten.rsqrt.default: lambda a: f"((real)1 / SQRT({a}))",
     aten.reciprocal.default: lambda a: f"((real)1 / {a})",
-    aten.sin.default: lambda a: f"SIN({a})",
-    aten.cos.default: lambda a: f"COS({a})",
-    aten.tanh.default: lambda a: f"TANH({a})",
+    **{getattr(aten, f).default: f"{f.upper()}({{}})".format for f in ("exp", "log", "sqrt", "sin", "cos", "tanh")},
     aten.relu.default: lambda a: f"({a} < 0 ? 0 : {a})",
     aten.leaky_relu.default: lambda a, slope="(real)0.01": f"({a} > 0 ? {a} : {slope} * {a})",
     aten.sigmoid.default: lambda a: f"((real)1 / ((real)1 + EXP(-{a})))",

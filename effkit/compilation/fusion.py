@@ -12,6 +12,7 @@ Left out  Several results of one kernel, products with their epilogues, tiles.
 Source    Chen et al. 2018, arXiv:1802.04799 (TVM), sec. 3: injective and reduction operators, and which may join.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from effkit.compilation import codegen, expressions
-from effkit.compilation.ir import Graph, Node, Ref, Type, map_refs, refs, run
+from effkit.compilation.ir import Graph, Node, Ref, Type, refs, rename, run
 from effkit.core import native
 
 aten = torch.ops.aten
@@ -59,13 +60,8 @@ def _grown(
     backwards finds everything."""
     names, group = {root.name}, [root]
     for node in reversed(before):
-        if (
-            users[node.name]
-            and users[node.name] <= names
-            and node.name not in barred
-            and _legal(node, graph)
-            and _fits(node, root.type, graph)
-        ):
+        mine = users[node.name] and users[node.name] <= names and node.name not in barred
+        if mine and _legal(node, graph) and _fits(node, root.type, graph):
             names.add(node.name)
             group.append(node)
     return tuple(reversed(group))
@@ -74,26 +70,17 @@ def _grown(
 def _legal(node: Node, graph: Graph) -> bool:
     """An operator that code can be made for, on operands all of the result's dtype."""
     kind = node.type
-    if (
-        not node.computes
-        or not isinstance(kind, Type)
-        or kind.dtype not in expressions.C_TYPES
-        or kind.device != "cpu"
-        or not kind.numel
-    ):
+    if not node.computes or not isinstance(kind, Type) or kind.dtype not in expressions.C_TYPES or not kind.numel:
         return False
-    operands = [graph[name].type for name in node.uses]
-    same = operands and all(isinstance(t, Type) and t.dtype == kind.dtype and t.device == "cpu" for t in operands)
-    return bool(same) and expressions.supports(node)
+    types = [kind, *(graph[name].type for name in node.uses)]
+    same = all(isinstance(t, Type) and t.dtype == kind.dtype and t.device == "cpu" for t in types)
+    return same and len(types) > 1 and expressions.supports(node)
 
 
 def _full(node: Node, shape: tuple[int, ...]) -> bool:
     """Not a reduction, and as large as the group's result."""
-    return (
-        node.type.shape == shape
-        and node.op not in expressions.REDUCTIONS
-        and (node.op is not expressions.SOFTMAX or shape[-1] <= LONGEST_ROW)
-    )
+    short = node.op is not expressions.SOFTMAX or shape[-1] <= LONGEST_ROW
+    return node.type.shape == shape and node.op not in expressions.REDUCTIONS and short
 
 
 def _fits(node: Node, result: Type, graph: Graph) -> bool:
@@ -113,9 +100,8 @@ class Kernel:
     def __init__(self, graph: Graph):
         self.graph = graph  # the group as a graph of its own: the meaning, and what is printed
         self.type: Type = graph[graph.outputs[0].name].type
-        self.__name__ = "fused_" + "_".join(
-            dict.fromkeys(node.op.__name__.split(".")[0].strip("_") for node in graph.operators)
-        )
+        names = (node.op.__name__.split(".")[0].strip("_") for node in graph.operators)
+        self.__name__ = "_".join(dict.fromkeys(("fused", *names)))
 
     @classmethod
     def of(cls, graph: Graph, group: tuple[Node, ...]) -> "Kernel":
@@ -124,16 +110,7 @@ class Kernel:
         reads = tuple(dict.fromkeys(name for node in group for name in node.uses if name not in inside))
         names = {name: f"in{i}" for i, name in enumerate(reads)} | {node.name: f"v{i}" for i, node in enumerate(group)}
         inputs = [Node(names[name], "input", type=graph[name].type) for name in reads]
-        body = [
-            replace(
-                node,
-                name=names[node.name],
-                base="",
-                args=map_refs(node.args, names),
-                kwargs=map_refs(node.kwargs, names),
-            )
-            for node in group
-        ]
+        body = [replace(rename(node, names), name=names[node.name], base="") for node in group]
         kernel = cls(Graph((*inputs, *body), (Ref(names[group[-1].name]),)))
         kernel.reads = reads
         return kernel
@@ -152,10 +129,8 @@ class Kernel:
         if library is None:
             return None
         function = library.kernel
-        function.restype, function.argtypes = (
-            None,
-            codegen.argument_types(len(self.graph.nodes) - len(self.graph.operators)),
-        )
+        inputs = len(self.graph.nodes) - len(self.graph.operators)
+        function.restype, function.argtypes = None, [ctypes.c_void_p] * (inputs + 1) + [ctypes.c_int]
         return function
 
     def __call__(self, *inputs: Tensor, out: Tensor | None = None) -> Tensor:

@@ -11,11 +11,12 @@ Source    Cytron et al. 1991, doi:10.1145/115372.115320 (static single assignmen
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,9 @@ class Graph:
     def __getitem__(self, name: str) -> Node:
         return self.by_name[name]
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, Node]:
-        if "_by_name" not in self.__dict__:
-            self.__dict__["_by_name"] = {node.name: node for node in self.nodes}
-        return self.__dict__["_by_name"]
+        return {node.name: node for node in self.nodes}
 
     @property
     def operators(self) -> tuple[Node, ...]:
@@ -147,25 +146,14 @@ def op_name(op: Any) -> str:
     return op if isinstance(op, str) else str(getattr(op, "__name__", op)).removesuffix(".default")
 
 
-def refs(value: Any) -> Iterable[str]:
+def refs(value: Any) -> list[str]:
     """Names of all Refs within tuples, lists and dicts."""
-    if isinstance(value, Ref):
-        yield value.name
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from refs(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from refs(part)
+    return [leaf.name for leaf in tree_leaves(value) if isinstance(leaf, Ref)]
 
 
 def substitute(value: Any, get: Callable[[str], Any]) -> Any:
-    """Every Ref replaced by get(its name); lists become tuples, so that what results can be compared and hashed."""
-    if isinstance(value, Ref):
-        return get(value.name)
-    if isinstance(value, Mapping):
-        return {k: substitute(v, get) for k, v in value.items()}
-    return tuple(substitute(v, get) for v in value) if isinstance(value, tuple | list) else value
+    """Every Ref replaced by get(its name)."""
+    return tree_map(lambda leaf: get(leaf.name) if isinstance(leaf, Ref) else leaf, value)
 
 
 def map_refs(value: Any, names: Mapping[str, str]) -> Any:

@@ -178,9 +178,7 @@ def _convolution_before(node: Node, graph: Graph, users: dict[str, set[str]]) ->
     if node.op not in _NORMS or (node.op is _NORMS[0] and node.args[5]):
         return None
     conv = graph[node.args[0].name]
-    if (
-        conv.op is not aten.convolution.default or conv.args[6] or conv.name in set(refs(graph.outputs))
-    ):  # 6: transposed
+    if conv.op is not aten.convolution.default or conv.args[6] or conv.name in refs(graph.outputs):  # 6: transposed
         return None
     alone = users[conv.name] == {node.name} and [graph[u].args[1] for u in users[node.name]] == [0]
     fixed = all(a is None or a.name in graph.values for a in (*conv.args[1:3], *node.args[1:5]))

@@ -10,10 +10,9 @@ Source    Pisarchyk & Lee 2020, arXiv:2001.03288, sec. 5 (greedy by size for off
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import permutations
 
 from effkit.compilation.ir import Graph, Type, refs
 
@@ -80,53 +79,37 @@ def most_alive(buffers: Sequence[Buffer]) -> int:
 
 def best_fit(buffers: Sequence[Buffer]) -> Plan:
     """Largest first, each into the smallest gap that holds it; where none does, behind all that it meets."""
+    return _packed(sorted(buffers, key=lambda b: (-b.size, b.first)), min)
+
+
+def _packed(order: Sequence[Buffer], choose: Callable[[Iterator[tuple[float, int]]], tuple[float, int]]) -> Plan:
+    """One buffer after another, each into the gap that `choose` takes of those that hold it."""
     placed: list[tuple[int, Buffer]] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.size, b.first)):
-        placed.append((_gap(buffer, placed), buffer))
+    for buffer in order:
+        placed.append((choose(_gaps(buffer, placed))[1], buffer))
     total = max((offset + b.size for offset, b in placed), default=0)
-    return Plan({b.name: offset for offset, b in placed}, total, most_alive(buffers), sum(b.size for b in buffers))
+    return Plan({b.name: offset for offset, b in placed}, total, most_alive(order), sum(b.size for b in order))
 
 
-def _gap(buffer: Buffer, placed: list[tuple[int, Buffer]]) -> int:
-    """The offset of the smallest sufficient gap between the buffers that are alive together with this one."""
-    end, best, smallest = 0, None, None
+def _gaps(buffer: Buffer, placed: list[tuple[int, Buffer]]) -> Iterator[tuple[float, int]]:
+    """(room, offset) of each sufficient gap between the buffers that are alive together with this one, lowest first."""
+    end = 0
     for offset, other in sorted((item for item in placed if item[1].meets(buffer)), key=lambda item: item[0]):
-        room = offset - end
-        if room >= buffer.size and (smallest is None or room < smallest):
-            best, smallest = end, room
+        if offset - end >= buffer.size:
+            yield offset - end, end
         end = max(end, offset + other.size)
-    return end if best is None else best
+    yield math.inf, end
 
 
-def optimal(buffers: Sequence[Buffer], *, seconds: float = 10.0) -> Plan | None:
-    """The smallest arena there is; None where `seconds` were not enough to prove it.
-
-    Where best fit reaches the bound, that is the proof. Otherwise by integer programming: minimize z subject to
-    offset_i + size_i <= z, and for each pair alive together either offset_i + size_i <= offset_j or the reverse; a
-    binary variable each pair says which, and M, the arena we already have, switches the other off.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
+def optimal(buffers: Sequence[Buffer]) -> Plan:
+    """The smallest arena there is, for up to eight buffers. Any plan can be pushed down until nothing moves, and is then
+    what putting its buffers in order of offset as low as they fit gives: so the best of all orders is the optimum."""
     greedy = best_fit(buffers)
     if greedy.total == greedy.bound:
         return greedy
-    n, pairs = len(buffers), [(i, j) for j in range(len(buffers)) for i in range(j) if buffers[i].meets(buffers[j])]
-    unit = math.gcd(*(b.size for b in buffers))  # small numbers: the solver works with tolerances
-    sizes, big = np.array([b.size // unit for b in buffers]), greedy.total // unit
-    rows, limits = np.zeros((n + 2 * len(pairs), n + 1 + len(pairs))), np.zeros(n + 2 * len(pairs))
-    rows[range(n), range(n)], rows[:n, n], limits[:n] = 1, -1, -sizes
-    for k, (i, j) in enumerate(pairs):
-        above, below = n + 2 * k, n + 2 * k + 1
-        rows[above, [i, j, n + 1 + k]], limits[above] = (1, -1, big), big - sizes[i]  # i below j where the binary is 1
-        rows[below, [j, i, n + 1 + k]], limits[below] = (1, -1, -big), -sizes[j]
-    low, high = np.zeros(n + 1 + len(pairs)), np.ones(n + 1 + len(pairs))
-    low[n], high[: n + 1] = greedy.bound // unit, big
-    found = milp(np.eye(len(low))[n], constraints=LinearConstraint(rows, ub=limits), bounds=Bounds(low, high),
-                 integrality=np.ones(len(low)), options={"time_limit": seconds})  # fmt: skip
-    if found.status != 0:
-        return None
-    offsets = {b.name: round(x) * unit for b, x in zip(buffers, found.x, strict=False)}
-    return Plan(offsets, round(found.x[n]) * unit, greedy.bound, greedy.naive)
+    if len(buffers) > 8:
+        raise ValueError(f"{len(buffers)} buffers have too many orders to try; at most 8: take a part of the graph")
+    return min((_packed(order, next) for order in permutations(buffers)), key=lambda plan: plan.total)
 
 
 def overlaps(buffers: Sequence[Buffer], plan: Plan) -> list[tuple[str, str]]:

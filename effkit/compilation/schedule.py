@@ -11,7 +11,7 @@ Source    Sethi & Ullman 1970, doi:10.1145/321607.321620, for trees; the recursi
 
 from collections.abc import Iterator
 
-from effkit.compilation.ir import Graph, Node
+from effkit.compilation.ir import Graph
 from effkit.compilation.plan import lifetimes, most_alive, nbytes
 
 
@@ -44,29 +44,6 @@ def greedy(graph: Graph) -> Iterator[str]:
         yield chosen
 
 
-def optimal(graph: Graph) -> tuple[int, list[str]]:
-    """The lowest peak of any order, and such an order. Raises ValueError beyond 18 nodes."""
-    names = [node.name for node in graph.operators]
-    if len(names) > 18:
-        raise ValueError(
-            f"{len(names)} nodes have up to 2^{len(names)} sets to look at; at most 18 are allowed: take a part of the graph"
-        )
-    memory = _Memory(graph)
-    uses = {node.name: {u for u in node.uses if graph[u].computes} for node in graph.operators}
-    best: dict[frozenset[str], tuple[int, list[str]]] = {frozenset(): (0, [])}
-    for _ in names:
-        longer: dict[frozenset[str], tuple[int, list[str]]] = {}
-        for done, (height, order) in best.items():
-            for name in names:
-                if name not in done and uses[name] <= done:
-                    reached = max(height, memory.during(name, done))
-                    now = done | {name}
-                    if now not in longer or reached < longer[now][0]:
-                        longer[now] = reached, [*order, name]
-        best = longer
-    return best[frozenset(names)]
-
-
 class _Memory:
     """What is alive once a set of nodes has run."""
 
@@ -89,17 +66,3 @@ class _Memory:
         """Bytes alive after the node minus before."""
         after = done | {name}
         return self.size.get(name, 0) - sum(self.size[o] for o in self.touched[name] if self.dies(o, after))
-
-    def during(self, name: str, done: frozenset[str]) -> int:
-        """Bytes alive while the node runs: what lived before it, and its result."""
-        return self.size.get(name, 0) + sum(self.size[o] for o in self.size if o in done and not self.dies(o, done))
-
-
-def respects(graph: Graph, order: list[Node]) -> bool:
-    """Every node stands behind all that it uses."""
-    seen: set[str] = set()
-    for node in order:
-        if not set(node.uses) <= seen:
-            return False
-        seen.add(node.name)
-    return True

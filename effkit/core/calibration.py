@@ -11,9 +11,8 @@ Source    Hassibi & Stork 1993, Second order derivatives for network pruning, NI
 """
 
 import fnmatch
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -51,27 +50,14 @@ class Statistics:
         return self.gram.diagonal() / self.tokens
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration(Mapping[str, Statistics]):
+class Calibration(dict[str, Statistics]):
     """Path -> Statistics of each layer that saw inputs; `unreached` names those that were watched in vain."""
 
-    layers: dict[str, Statistics] = field(repr=False)
     unreached: tuple[str, ...] = ()
 
-    def __getitem__(self, path: str) -> Statistics:
-        if path not in self.layers:
-            why = "no input reached it" if path in self.unreached else "it was not watched"
-            raise ValueError(f"no statistics of layer {path!r}: {why}; there are {', '.join(self.layers)}")
-        return self.layers[path]
-
-    def __contains__(self, path: object) -> bool:
-        return path in self.layers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+    def __missing__(self, path: str) -> Statistics:
+        why = "no input reached it" if path in self.unreached else "it was not watched"
+        raise ValueError(f"no statistics of layer {path!r}: {why}; there are {', '.join(self)}")
 
 
 def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtype = torch.float32) -> Calibration:
@@ -87,7 +73,9 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
         raise ValueError("gather reads task.calib, which this task lacks; pass Task(calib=...)")
     watched = {path: _Running(layer, dtype) for path, layer in _linear_layers(model, layers)}
     batches = 0
-    with evaluating(model), torch.no_grad(), _listening(watched):
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        for seen in watched.values():
+            hooks.callback(seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True).remove)
         for inputs, _ in task.calib:
             model(inputs)
             batches += 1
@@ -95,8 +83,9 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
         raise ValueError("the calibration is empty: task.calib yields no batch; give it some examples")
     if not any(seen.tokens for seen in watched.values()):
         raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers")
-    reached = {path: seen.statistics(path) for path, seen in watched.items() if seen.tokens}
-    return Calibration(reached, tuple(path for path in watched if path not in reached))
+    found = Calibration({path: seen.statistics(path) for path, seen in watched.items() if seen.tokens})
+    found.unreached = tuple(path for path in watched if path not in found)
+    return found
 
 
 class _Running:
@@ -121,16 +110,6 @@ class _Running:
             how = "look for NaN and infinity in data and weights, or pass dtype=torch.float64"
             raise ValueError(f"layer {path or '(the model)'} sees inputs whose squares are not finite: {how}")
         return result
-
-
-@contextmanager
-def _listening(watched: Mapping[str, _Running]) -> Iterator[None]:
-    handles = [seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True) for seen in watched.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _linear_layers(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:

@@ -57,10 +57,7 @@ def save(model: nn.Module, path: str | Path) -> int:
     tensors, ties = _unique_tensors(model)
     header = {"schema": SCHEMA, "root": type(model).__name__, "modules": describe(model), "ties": ties,
               "training": model.training, "frozen": [n for n, p in model.named_parameters() if not p.requires_grad]}  # fmt: skip
-    header["sha256"] = _digest(header, tensors)
-    data = to_bytes(tensors, metadata={"effkit": json.dumps(header, separators=(",", ":"))})
-    write_atomically(Path(path), data)
-    return len(data)
+    return write_tensors(Path(path), header, tensors)
 
 
 def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
@@ -68,7 +65,7 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
 
     Raises ValueError when the file is cut short, altered, of another schema, or needs a base.
     """
-    header, tensors = _read(Path(path))
+    header, tensors = read_tensors(Path(path))
     with torch.device("meta"):
         model = _build_root(header, base)
         for where, spec in header["modules"].items():
@@ -149,7 +146,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     seen: dict[tuple, str] = {}
     tensors, ties = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if key in seen:
             ties[name] = seen[key]
         else:
@@ -158,7 +155,15 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, ties
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor]) -> int:
+    """One safetensors file with a JSON header and the SHA-256 of both; returns its size in bytes."""
+    header = header | {"sha256": _digest(header, tensors)}
+    data = to_bytes(tensors, metadata={"effkit": json.dumps(header, separators=(",", ":"))})
+    write_atomically(path, data)
+    return len(data)
+
+
+def read_tensors(path: Path, way_out: str = "fetch or make it again") -> tuple[dict, dict[str, Tensor]]:
     """Header and tensors, both checked."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
@@ -167,14 +172,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             header = json.loads((file.metadata() or {}).get("effkit", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or make it again") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); {way_out}") from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         found = header.get("schema") if isinstance(header, dict) else "no effkit header"
         raise ValueError(
             f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save"
         )
     if header.pop("sha256", None) != _digest(header, tensors):
-        raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; fetch or make it again")
+        raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; {way_out}")
     return header, tensors
 
 

@@ -32,37 +32,26 @@ def compiler() -> str | None:
 
 def library(source: Path | str) -> ctypes.CDLL | None:
     """The compiled source (a path, or C text), or None where it cannot be compiled here; `why_not` says why."""
-    return _library(source, os.environ.get("EFFKIT_NO_COMPILER"), os.environ.get("CC"))
+    return _loaded(source, os.environ.get("EFFKIT_NO_COMPILER"), os.environ.get("CC"))[0]
 
 
 def why_not(source: Path | str) -> str:
     """Why `library` returned None for this source; empty where it did not."""
-    text = source.read_text() if isinstance(source, Path) else source
-    library(text)
-    return _failures.get((text, compiler()), "")
+    return _loaded(source, os.environ.get("EFFKIT_NO_COMPILER"), os.environ.get("CC"))[1]
 
 
 @cache
-def _library(source: Path | str, *environment: str | None) -> ctypes.CDLL | None:
+def _loaded(source: Path | str, *environment: str | None) -> tuple[ctypes.CDLL | None, str]:
     """Cached, since a kernel may be called a thousand times a second; the environment decides which compiler it is."""
-    return _load(source.read_text() if isinstance(source, Path) else source, compiler())
-
-
-_failures: dict[tuple[str, str | None], str] = {}
-
-
-@cache
-def _load(text: str, cc: str | None) -> ctypes.CDLL | None:
+    text, cc = source.read_text() if isinstance(source, Path) else source, compiler()
     if cc is None:
-        _failures[text, cc] = "there is no C compiler (cc, gcc, clang); install one, or set CC"
-        return None
+        return None, "there is no C compiler (cc, gcc, clang); install one, or set CC"
     target = cache_dir() / "kernels" / f"{_key(text, cc)}.so"
-    if not target.exists() and not _compile(text, cc, target):
-        return None
-    return ctypes.CDLL(str(target))
+    why = "" if target.exists() else _compile(text, cc, target)
+    return (None, why) if why else (ctypes.CDLL(str(target)), "")
 
 
-def _compile(text: str, cc: str, target: Path) -> bool:
+def _compile(text: str, cc: str, target: Path) -> str:
     """Compiles beside the target, then renames. Flags that this compiler does not know are left out, OpenMP last."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -72,9 +61,8 @@ def _compile(text: str, cc: str, target: Path) -> bool:
             run = subprocess.run([cc, *flags, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
             if run.returncode == 0:
                 os.replace(made, target)
-                return True
-    _failures[text, cc] = f"{cc} could not compile it: {run.stderr.strip()[:300]}"
-    return False
+                return ""
+    return f"{cc} could not compile it: {run.stderr.strip()[:300]}"
 
 
 @cache

@@ -8,9 +8,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 
 def checkout() -> Path:
@@ -53,18 +51,18 @@ def _from_environment(name: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def write_atomically(path: Path | str, content: bytes | Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path | str, content: bytes) -> None:
     """Writes a file beside `path`, flushes it to disk and renames it, so that readers see the old one or the new one.
 
-    `content` is the bytes, or a function that writes them to the file it is given. Whatever goes wrong, a full disk or
-    Ctrl-C included, the old file stays as it was, nothing else stays behind, and the error goes on to the caller.
+    Whatever goes wrong, a full disk or Ctrl-C included, the old file stays as it was, nothing else stays behind, and
+    the error goes on to the caller.
     """
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "xb") as file:  # not tempfile: that one is readable by its owner alone
-            content(file) if callable(content) else file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

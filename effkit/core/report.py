@@ -9,7 +9,7 @@ import html
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 #: weakest first; a ratio of a measurement and an estimate is an estimate
 PROVENANCES = ("estimated", "recorded", "measured", "counted")
@@ -20,7 +20,8 @@ _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 
 @dataclass(frozen=True)
 class Reading:
-    """One number. `spread` is in the same unit: the interquartile range of a time, the standard error of a mean.
+    """One number. `spread` is in the same unit: half the interquartile range of a time, the standard
+    error of a mean, half the interval of an estimate: always a half-width.
 
     `better` is "lower", "higher" or "" and says which way an improvement points.
     """
@@ -38,9 +39,8 @@ class Reading:
 
     def __truediv__(self, other: "Reading | float") -> "Reading":
         b, same = _value(other), isinstance(other, Reading) and other.unit == self.unit
-        return self._combine(
-            other, self.value / b, "x" if same else self._unit_with(other, "/"), 1 / b, -self.value / b**2
-        )
+        unit = "x" if same else self._unit_with(other, "/")
+        return self._combine(other, self.value / b, unit, 1 / b, -self.value / b**2)
 
     def __mul__(self, other: "Reading | float") -> "Reading":
         return self._combine(other, self.value * _value(other), self._unit_with(other, "*"), _value(other), self.value)
@@ -62,9 +62,8 @@ class Reading:
     def _combine(self, other, value: float, unit: str, by_self: float, by_other: float) -> "Reading":
         """by_self, by_other: derivatives of the value. `better` survives where like meets like: sums, differences, ratios."""
         if not isinstance(other, Reading):
-            return replace(
-                self, value=value, unit=unit, spread=None if self.spread is None else abs(by_self) * self.spread
-            )
+            spread = None if self.spread is None else abs(by_self) * self.spread
+            return replace(self, value=value, unit=unit, spread=spread)
         spreads = [slope * r.spread for r, slope in ((self, by_self), (other, by_other)) if r.spread is not None]
         weakest = min(self.provenance, other.provenance, key=PROVENANCES.index)
         alike = self.unit == other.unit and other.better in ("", self.better) and unit in (self.unit, "x")
@@ -73,26 +72,17 @@ class Reading:
     @property
     def unsteady(self) -> bool:
         """True where the spread exceeds a tenth of the value: measure again before believing."""
-        return (
-            self.spread is not None
-            and self.provenance == "measured"
-            and self.unit == "s"
-            and self.spread > 0.1 * abs(self.value)
-        )
+        timed = self.provenance == "measured" and self.unit == "s"
+        return timed and (self.spread or 0.0) > 0.1 * abs(self.value)
 
     def to_json(self) -> dict:
         return {"value": self.value, "unit": self.unit, "provenance": self.provenance, "spread": self.spread}
 
     def __str__(self) -> str:
         scale, unit = _scaled(self.value, self.unit)
-        text = _digits(self.value / scale)
-        if self.spread is not None:
-            text += f" ±{_digits(self.spread / scale)}"
-        return (
-            ("~" if self.provenance == "estimated" else "")
-            + f"{text} {unit}".rstrip()
-            + (" (!)" if self.unsteady else "")
-        )
+        spread = "" if self.spread is None else f" ±{_digits(self.spread / scale)}"
+        text = f"{_digits(self.value / scale)}{spread} {unit}".rstrip()
+        return "~" * (self.provenance == "estimated") + text + " (!)" * self.unsteady
 
 
 def _value(other) -> float:
@@ -139,17 +129,16 @@ class Report:
         return iter(self.readings)
 
     def to_json(self) -> dict:
-        return {
-            "name": self.name,
-            "workload": self.workload,
-            "readings": {k: r.to_json() for k, r in self.readings.items()},
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         return str(Table([self]))
 
     def _repr_html_(self) -> str:
         return Table([self])._repr_html_()
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(str(self))
 
 
 @dataclass
@@ -181,10 +170,8 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """Header and rows as text; a reading that a row lacks is a dash."""
-        rows = [
-            [report.name, *(str(report[c]) if c in report else "-" for c in self.columns)] for report in self.reports
-        ]
-        return [["", *self.columns], *rows]
+        names = self.columns
+        return [["", *names], *([r.name, *(str(r[c]) if c in r else "-" for c in names)] for r in self)]
 
     def to_json(self) -> str:
         return json.dumps([report.to_json() for report in self.reports], indent=1)
@@ -198,21 +185,21 @@ class Table:
         readings = [r for report in self.reports for r in report.readings.values()]
         marks = [f"workload: {w}" for w in dict.fromkeys(r.workload for r in self.reports) if w]
         marks += ["~ estimated"] if any(r.provenance == "estimated" for r in readings) else []
-        marks += ["± spread"] if any(r.spread is not None for r in readings) else []
-        marks += (
-            ["(!) spread over 10 % of the median: the machine was busy"] if any(r.unsteady for r in readings) else []
-        )
+        widths = "± half the interquartile range of times, the standard error of scores"
+        marks += [widths] if any(r.spread is not None for r in readings) else []
+        busy = "(!) spread over 10 % of the median: the machine was busy"
+        marks += [busy] if any(r.unsteady for r in readings) else []
         return "; ".join(marks)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        """What a notebook keeps beside the HTML, for whoever reads it as text."""
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         head, *rows = self.cells()
         th = "".join(f"<th scope='col'>{html.escape(c)}</th>" for c in head)
-        body = "".join(
-            f"<tr><th scope='row'>{html.escape(r[0])}</th>"
-            + "".join(f"<td>{html.escape(c)}</td>" for c in r[1:])
-            + "</tr>"
-            for r in rows
-        )
+        cells = ["".join(f"<td>{html.escape(c)}</td>" for c in row[1:]) for row in rows]
+        body = "".join(f"<tr><th scope='row'>{html.escape(r[0])}</th>{c}</tr>" for r, c in zip(rows, cells, strict=True))
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         return f"<table>{caption}<thead><tr>{th}</tr></thead><tbody>{body}</tbody></table><p><small>{html.escape(self.footnote())}</small></p>"
 

@@ -82,8 +82,8 @@ class Technique:
         raise NotImplementedError
 
     def claim(self, model: nn.Module) -> Reading:
-        """What this technique promises about its result, counted on the model itself."""
-        raise NotImplementedError
+        """What this technique promises about its result, counted on the model itself; its parameters, unless it says more."""
+        return Reading(sum(p.numel() for p in model.parameters()), "params", "counted", better="lower")
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,6 @@ class Identity(Technique):
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return model
-
-    def claim(self, model: nn.Module) -> Reading:
-        return Reading(sum(p.numel() for p in model.parameters()), "params", "counted")
 
 
 @dataclass(frozen=True)
@@ -121,28 +118,17 @@ class Pipeline(Technique):
                 raise ValueError(f"{later} needs {trait.name}, which {first} removes; put {later} first")
             broken = {t: s for t, s in broken.items() if t not in step.gives} | dict.fromkeys(step.breaks, step)
 
-    @property
-    def needs(self) -> frozenset[Trait]:  # type: ignore[override]
-        """What the first steps need and no earlier step gives."""
-        given: frozenset[Trait] = frozenset()
-        needed: frozenset[Trait] = frozenset()
+    def _traits(self) -> tuple[frozenset[Trait], ...]:
+        """What the steps need and no earlier one gives, what is broken at the end, and what is given."""
+        needed = broken = given = frozenset[Trait]()
         for step in self.steps:
-            needed, given = needed | (step.needs - given), given | step.gives
-        return needed
+            needed |= step.needs - given
+            broken, given = (broken - step.gives) | step.breaks, (given - step.breaks) | step.gives
+        return needed, broken, given
 
-    @property
-    def breaks(self) -> frozenset[Trait]:  # type: ignore[override]
-        broken: frozenset[Trait] = frozenset()
-        for step in self.steps:
-            broken = (broken - step.gives) | step.breaks
-        return broken
-
-    @property
-    def gives(self) -> frozenset[Trait]:  # type: ignore[override]
-        given: frozenset[Trait] = frozenset()
-        for step in self.steps:
-            given = (given - step.breaks) | step.gives
-        return given
+    needs = property(lambda self: self._traits()[0])
+    breaks = property(lambda self: self._traits()[1])
+    gives = property(lambda self: self._traits()[2])
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         for step in self.steps:

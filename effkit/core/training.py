@@ -6,8 +6,6 @@ Half precision  A step of 0.001 of a weight is lost in bfloat16, and AdamW's eps
                 gradients below 6e-8 vanish in float16.
 """
 
-import hashlib
-import json
 import math
 import signal
 import threading
@@ -17,13 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from effkit.core.paths import write_atomically
+from effkit.core.checkpoint import SCHEMA, read_tensors, write_tensors
 from effkit.core.task import Batch, Task
+from effkit.core.technique import evaluating
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -71,10 +68,9 @@ def fit(
     run = _Run.of(model, task, schedule, loss)
     if resume:
         _restore(Path(resume), run)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
     try:
-        with _interrupts_between_steps(bool(resume)) as interrupted:
+        with evaluating(model), _interrupts_between_steps(bool(resume)) as interrupted:
+            model.train()
             for step in (bar := _bar(run, label)):
                 run.curve.append(_step(run, step))
                 if after_step:
@@ -91,9 +87,6 @@ def fit(
             done = f"stopped after {len(run.curve)} of {schedule.steps} steps"
             tqdm.write(f"{done}; saved to {resume}: the same call goes on from there")
         raise
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return run.curve
 
 
@@ -198,7 +191,7 @@ def _keep(path: Path, run: _Run) -> None:
             tensors[f"master.{name}"] = master
     tensors |= {"curve": torch.tensor(run.curve, dtype=torch.float64), "random": torch.get_rng_state()}
     tensors = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(path, to_bytes(tensors, {"schedule": json.dumps(asdict(run.schedule)), "sha256": _hash(tensors)}))
+    write_tensors(path, {"schema": SCHEMA, "schedule": asdict(run.schedule)}, tensors)
 
 
 @torch.no_grad()
@@ -221,15 +214,9 @@ def _restore(path: Path, run: _Run) -> None:
 
 def _read(path: Path, run: _Run) -> dict[str, Tensor]:
     """The file's tensors, once it is sure that they are whole and belong to this run."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to start over") from error
-    if meta.get("sha256") != _hash(tensors):
-        raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; delete it to start over")
-    if json.loads(meta["schedule"]) != asdict(run.schedule):
-        raise ValueError(f"{path} belongs to a run with another schedule ({meta['schedule']}); delete it to start over")
+    header, tensors = read_tensors(path, "delete it to start over")
+    if header["schedule"] != asdict(run.schedule):
+        raise ValueError(f"{path} belongs to a run with another schedule ({header['schedule']}); delete it to start over")
     held = {key[6:]: t.shape for key, t in tensors.items() if key.startswith("model.")}
     if held != {name: t.shape for name, t in _owned(run.model).items()}:
         raise ValueError(f"{path} belongs to a run of another model; delete it to start over")
@@ -238,11 +225,3 @@ def _read(path: Path, run: _Run) -> dict[str, Tensor]:
 
 def _owned(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _hash(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b"")
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ from effkit.core.task import Task
 from effkit.core.technique import evaluating
 from effkit.measure.carbon import carbon, grid_intensity, places
 from effkit.measure.energy import Power, energy, once
-from effkit.measure.latency import interleaved, latency, median_interval, samples
+from effkit.measure.latency import interleaved, latency, median_interval, rate, samples
 from effkit.measure.macs import Counted, count, flops, intensity, macs, plain
 from effkit.measure.memory import peak, resident
 from effkit.measure.quality import Paired, mcnemar, paired, quality
@@ -95,12 +95,9 @@ def _held(model: nn.Module, task: Task, work: Work) -> dict[str, Reading]:
 
 def _used(run: Callable[[], object], seconds: Reading, items: tuple[int, str], budget_s: float) -> dict[str, Reading]:
     """Time and energy of one unit of work, and how much gets done in a second."""
-    amount, what = items
-    rate = amount / seconds.value
-    spread = rate * (seconds.spread or 0.0) / seconds.value
     return {
         "latency": seconds,
-        "throughput": Reading(rate, f"{what}/s", "measured", spread, "higher"),
+        "throughput": rate(items[0], seconds, f"{items[1]}/s"),
         "energy": energy(run, seconds=seconds, budget_s=budget_s),
     }
 

@@ -7,7 +7,7 @@ Idea      With a counter (RAPL on Intel and AMD under Linux, NVML on NVIDIA GPUs
           estimate holds no evidence beyond the latency; it only translates it.
 Limits    RAPL counts the whole package, idle power and other programs included, and only root may read it unless
           allowed (sudo chmod a+r /sys/class/powercap/*/energy_uj). It is renewed every millisecond and wraps around
-          after some 65 or 262 kJ, about an hour of full load.
+          after some 65 or 262 kJ, minutes to an hour of full load; a call that may have lasted longer is estimated.
 Source    Khan et al. 2018, doi:10.1145/3177754 (RAPL); Lannelongue et al. 2021, doi:10.1002/advs.202100707 (Power).
 """
 
@@ -16,7 +16,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +30,7 @@ from effkit.measure.latency import latency, summary, synchronize, threads
 POWERCAP = Path("/sys/class/powercap")
 Result = TypeVar("Result")
 WINDOWS = 5  # differences taken, so that there is a spread
+MOST_WATTS = 400  # of one package at full load: a counter that could wrap twice between two looks is not believed
 
 
 class Rapl:
@@ -50,6 +50,11 @@ class Rapl:
         self._last = now
         return self._total / 1e6
 
+    @property
+    def seconds(self) -> float:
+        """How long one may look away without missing a wrap."""
+        return min((reach / 1e6 / MOST_WATTS for _, reach in self._last), default=math.inf)
+
     def _read(self) -> list[tuple[int, int]]:
         """(microjoules, where they begin anew) of each zone."""
         return [tuple(int((z / f).read_text()) for f in ("energy_uj", "max_energy_range_uj")) for z in self.zones]  # type: ignore[misc]
@@ -68,7 +73,7 @@ class Nvml:
         self._nvml = importlib.import_module("pynvml")
         self._nvml.nvmlInit()
         self._handle = self._nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        self.name = "NVML"
+        self.name, self.seconds = "NVML", math.inf
         self.joules()  # older GPUs have no counter, and say so here
 
     def joules(self) -> float:
@@ -76,12 +81,14 @@ class Nvml:
 
 
 def counters(root: Path = POWERCAP) -> list[Rapl | Nvml]:
-    """The counters that this process may read."""
+    """The counters that this process may read; none where a GPU is in use that has none, for its part would be missing."""
     rapl = Rapl(root)
     found: list[Rapl | Nvml] = [rapl] if rapl.zones else []
     if torch.cuda.is_initialized():
-        with suppress(Exception):  # no pynvml, no driver, no counter: its own types of error come with it
+        try:
             found.append(Nvml())
+        except Exception:  # noqa: BLE001 (no pynvml, no driver, no counter: its own types of error come with it)
+            return []
     return found
 
 
@@ -139,11 +146,13 @@ def once(function: Callable[[], Result], *, power: Power = Power()) -> tuple[Res
     used = sum(meter.joules() for meter in meters) - before
     name = " and ".join(meter.name for meter in meters)
     counted = Reading(used, "J", "measured", better="lower", note=f"n = 1, {name}")
-    return result, seconds, counted if used > 0 else _estimated(seconds, power)
+    seen = used > 0 and seconds.value < min(meter.seconds for meter in meters)
+    return result, seconds, counted if seen else _estimated(seconds, power)
 
 
 def _estimated(seconds: Reading, power: Power) -> Reading:
-    note = f"{seconds.value:.3g} s times {power.core:g} W a core ({power.low:g} to {power.high:g}), {threads()}"
+    note = f"{seconds.value:.3g} s times {power.core:g} W a core ({power.low:g} to {power.high:g}), {threads()}, all busy"
+    note += "; the GPU is not in it" if torch.cuda.is_initialized() else ""
     return replace(seconds * power.reading(), unit="J", better="lower", note=note)
 
 

@@ -3,7 +3,7 @@
 Problem   One timing is an anecdote. The first call fills caches and allocators, the machine does other things, and a
           clock read around a microsecond of work measures the clock.
 Idea      Warm up; time blocks of calls that last a millisecond or more; report the median of the blocks and, as
-          spread, their interquartile range. Functions that are compared take turns, so that drift hits all alike.
+          spread, half their interquartile range. Functions that are compared take turns, so that drift hits all alike.
 Cost      About `budget_s` seconds a function, and never fewer than `min_repeats` blocks.
 Left out  Tails: a block averages over its calls, so that its range is narrower than that of single calls.
 Source    Hoefler & Belli 2015, doi:10.1145/2807591.2807644 (rules 5 to 8); torch.utils.benchmark blocks alike, but
@@ -54,7 +54,7 @@ def median_interval(samples: Sequence[float], *, confidence: float = 0.95) -> tu
 
 
 def latency(function: Function, *, min_repeats: int = 7, budget_s: float = 1.0, warmup: int = 3) -> Reading:
-    """Seconds a call: the median block, its interquartile range as spread."""
+    """Seconds a call: the median block, half the blocks' interquartile range as spread."""
     return interleaved({"": function}, min_repeats=min_repeats, budget_s=budget_s, warmup=warmup)[""]
 
 
@@ -94,9 +94,15 @@ def samples(
 
 
 def summary(values: Float[Tensor, " n"], unit: str, note: str = "") -> Reading:
-    """The median of measured values, their interquartile range as spread; less of them is better."""
+    """The median of measured values, half their interquartile range as spread; less of them is better."""
     low, median, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
-    return Reading(median, unit, "measured", high - low, "lower", ", ".join(filter(None, [f"n = {len(values)}", note])))
+    return Reading(median, unit, "measured", (high - low) / 2, "lower", ", ".join(filter(None, [f"n = {len(values)}", note])))
+
+
+def rate(amount: float, seconds: Reading, unit: str) -> Reading:
+    """Amount per second, with the same relative spread."""
+    value = amount / seconds.value
+    return Reading(value, unit, "measured", value * (seconds.spread or 0.0) / seconds.value, "higher", seconds.note)
 
 
 def threads() -> str:

@@ -23,7 +23,7 @@ from effkit.core.technique import evaluating
 
 def quality(model: nn.Module, task: Task, split: str = "test") -> Reading:
     """The task's score on a split, its standard error as spread."""
-    return _mean(scores(model, task, split), task)
+    return summary_of(scores(model, task, split), task)
 
 
 def scores(model: nn.Module, task: Task, split: str = "test") -> Float[Tensor, " n"]:
@@ -57,11 +57,21 @@ def paired(
     baseline: nn.Module, model: nn.Module, task: Task, split: str = "test", *, confidence: float = 0.95
 ) -> Paired:
     """Whether the model differs from the baseline: the mean difference with its normal interval, and a test."""
+    return contrast(scores(baseline, task, split), scores(model, task, split), task, confidence=confidence)
+
+
+def contrast(
+    before: Float[Tensor, " n"], after: Float[Tensor, " n"], task: Task, *, confidence: float = 0.95
+) -> Paired:
+    """`paired`, from scores at hand. Where not one of n answers changed, the normal interval would be a point; but had
+    they changed at a rate r, none would have with probability (1 - r)^n: a rate up to -ln(1 - confidence) / n is
+    compatible with that (at 95 % the rule of three: Hanley & Lippman-Hand 1983, doi:10.1001/jama.1983.03330370053031)."""
     require_float("confidence", confidence, 0.0, 1.0, open_low=True, open_high=True)
-    before, after = scores(baseline, task, split), scores(model, task, split)
-    difference = _mean(after - before, task)
+    difference = summary_of(after - before, task)
     half = NormalDist().inv_cdf((1 + confidence) / 2) * (difference.spread or 0.0)
     right_or_wrong = bool(((before == 0) | (before == 1)).all() and ((after == 0) | (after == 1)).all())
+    if right_or_wrong and torch.equal(before, after):
+        half = -math.log(1 - confidence) / len(before)
     p = mcnemar(int((before > after).sum()), int((after > before).sum())) if right_or_wrong else None
     return Paired(difference, (difference.value - half, difference.value + half), p, len(before))
 
@@ -75,6 +85,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def _mean(values: Float[Tensor, " n"], task: Task) -> Reading:
+def summary_of(values: Float[Tensor, " n"], task: Task) -> Reading:
+    """The mean of scores, its standard error as spread."""
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
     return Reading(float(values.mean()), task.score.unit, "measured", error, task.score.better, f"n = {len(values)}")

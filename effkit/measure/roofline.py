@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from effkit.core.checks import require_choice
 from effkit.core.report import Reading
-from effkit.measure.latency import latency
+from effkit.measure.latency import latency, rate
 
 MIB = 2**20
 SIZES = (256, 512, 1024, 2048)
@@ -73,11 +73,6 @@ class Roofline:
         return {dtype: _ranked(sweep)[-1] for dtype, sweep in self.rates.items()}
 
     @property
-    def typical(self) -> dict[str, Reading]:
-        """The median over the sizes."""
-        return {dtype: _ranked(sweep)[(len(sweep) - 1) // 2] for dtype, sweep in self.rates.items()}
-
-    @property
     def bandwidth(self) -> Reading:
         """Reading from memory, B/s: the largest array, which fits no cache."""
         return self.reads[max(self.reads)]
@@ -108,8 +103,7 @@ class Roofline:
         return "compute" if roof >= self.peaks[dtype].value else "memory"
 
     def __str__(self) -> str:
-        giga = {d: (2e-9 * self.peaks[d].value, 2e-9 * self.typical[d].value) for d in self.rates}
-        peaks = [f"{dtype}: at best {best:,.0f}, typically {usual:,.0f} Gop/s" for dtype, (best, usual) in giga.items()]
+        peaks = [f"{dtype}: at best {1e-9 * best.value:,.1f} Gmacs/s" for dtype, best in self.peaks.items()]
         out, inside = (r.value / 1e9 for r in (self.bandwidth, self.cache_bandwidth))
         reads = f"reading: {out:.1f} GB/s from memory, {inside:.1f} from cache"
         return "\n".join([str(self.processor), *peaks, reads, f"dispatch: {self.dispatch} an operator"])
@@ -134,7 +128,7 @@ def _sweep(dtype: str, sizes: Sequence[int]) -> dict[int, Reading]:
             seconds = latency(_matrix_product(dtype, n), min_repeats=3, budget_s=BUDGET_S / 10, warmup=2)
         except (RuntimeError, NotImplementedError):  # this build has no such kernel
             break
-        rates[n] = _rate(n**3, seconds, "macs/s")
+        rates[n] = rate(n**3, seconds, "macs/s")
         if time.perf_counter() + 5 * 8 * seconds.value > deadline:  # twice the side is 8 times the work, done 5 times
             break
     return rates
@@ -150,13 +144,7 @@ def _reads(largest: int) -> dict[int, Reading]:
     """Bytes per second of summing arrays of growing size."""
     whole = torch.ones(largest // 4)
     sizes = [s for s in (MIB // 4, MIB, 4 * MIB, 16 * MIB) if s < largest / 4] + [whole.numel() * 4]
-    return {s: _rate(s, latency(whole[: s // 4].sum, min_repeats=5, budget_s=0.15), "B/s") for s in sizes}
-
-
-def _rate(amount: float, seconds: Reading, unit: str) -> Reading:
-    """Amount per second, with the same relative spread."""
-    value = amount / seconds.value
-    return Reading(value, unit, "measured", value * (seconds.spread or 0.0) / seconds.value, "higher", seconds.note)
+    return {s: rate(s, latency(whole[: s // 4].sum, min_repeats=5, budget_s=0.15), "B/s") for s in sizes}
 
 
 def _ranked(rates: dict[int, Reading]) -> list[Reading]:

@@ -20,9 +20,10 @@ from effkit.core.technique import evaluating
 from effkit.pruning.labels import Labels, tensors_in
 from effkit.pruning.rules import RULES, pointwise
 
-#: kinds of layers that can be narrowed -> tensor -> its dimensions that may lose indices
+#: kinds of layers that can be narrowed -> tensor -> its dimensions that may lose indices, that of the outputs first
 NARROWABLE: dict[type, dict[str, tuple[int, ...]]] = {
     nn.Linear: {"weight": (0, 1), "bias": (0,)},
+    nn.modules.conv._ConvTransposeNd: {"weight": (1, 0), "bias": (0,)},
     nn.modules.conv._ConvNd: {"weight": (0, 1), "bias": (0,)},
     nn.modules.batchnorm._BatchNorm: {"weight": (0,), "bias": (0,), "running_mean": (0,), "running_var": (0,)},
     nn.Embedding: {"weight": (1,)},
@@ -36,6 +37,7 @@ class Place:
 
     tensor: str
     dim: int
+    output: bool = True  # of the layer, not its input
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Group:
     @property
     def layers(self) -> list[str]:
         """The layers whose outputs these channels are, or that normalize them."""
-        return sorted({place.tensor.rpartition(".")[0] for place in self.where if place.dim == 0})
+        return sorted({place.tensor.rpartition(".")[0] for place in self.where if place.output})
 
     def __str__(self) -> str:
         return f"{len(self)} channels of {', '.join(self.layers) or 'the input'}"
@@ -115,7 +117,7 @@ def collected(labels: Labels, names: dict[Tensor, tuple[str, tuple[int, ...]]]) 
     for tensor, (name, dims) in names.items():
         for dim in dims:
             for index, label in enumerate(labels.axes(tensor)[dim].tolist()):
-                classes[labels.classes.root(label)][Place(name, dim)].append(index)
+                classes[labels.classes.root(label)][Place(name, dim, dim == dims[0])].append(index)
     alike: dict[tuple, list[dict[Place, list[int]]]] = defaultdict(list)
     for root, places in classes.items():
         alike[frozenset(places), labels.classes.held.get(root, "")].append(places)

@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 #: the labels of a dimension's indices; 0 means that nothing can be taken out there
 Axis = Int[np.ndarray, " n"]
@@ -92,14 +93,8 @@ def blank(n: int) -> Axis:
     return np.zeros(n, dtype=np.int64)
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+def tensors_in(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[slice, slice]]:

@@ -33,13 +33,8 @@ class Magnitude(Prune):
 
     tau: float | None = None
 
-    paper = Paper(
-        "Han et al.",
-        2015,
-        "Learning both weights and connections for efficient neural networks",
-        "arXiv:1506.02626",
-        "sec. 3",
-    )
+    paper = Paper("Han et al.", 2015, "Learning both weights and connections for efficient neural networks",
+                  "arXiv:1506.02626", "sec. 3")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

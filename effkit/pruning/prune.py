@@ -96,7 +96,7 @@ class Prune(Technique, ABC):
     def claim(self, model: nn.Module) -> Reading:
         """The share of weights that masks hold at zero; for channels the parameters that are left."""
         if self.pattern == "channels":
-            return Reading(sum(p.numel() for p in model.parameters()), "params", "counted", better="lower")
+            return super().claim(model)
         return Reading(masked_share(model.modules()), "sparsity", "counted", better="higher")
 
     def _find(self, model: nn.Module) -> Layers:
@@ -131,9 +131,8 @@ class Prune(Technique, ABC):
         total = self.epochs * len(task.train)  # type: ignore[arg-type]
         ramp, cuts = cutting_steps(total)
         for layer in layers.values():
-            mask_(
-                layer, torch.ones_like(dense_weight(layer), dtype=torch.bool)
-            )  # fit must see the masked model's parameters
+            # fit must see the masked model's parameters
+            mask_(layer, torch.ones_like(dense_weight(layer), dtype=torch.bool))
         start = min(masked_share(layers.values()), self.sparsity)
 
         def cut(step: int) -> None:

@@ -21,8 +21,8 @@ def same(t: Labels, out: Tensor, x: Tensor, *rest, **settings) -> Axes:
 
 def pointwise(t: Labels, out, *args, **settings) -> Axes:
     """Arguments are lined up from the last dimension, as broadcasting does; a dimension of 1 goes with anything."""
-    operands = list(tensors_in((args, settings)))
-    shape = next(tensors_in(out)).shape
+    operands = tensors_in((args, settings))
+    shape = tensors_in(out)[0].shape
     axes = [blank(n) for n in shape]
     for d in range(1, len(shape) + 1):
         meeting = [t.axes(x)[-d] for x in operands if x.dim() >= d and x.shape[-d] == shape[-d]]
@@ -101,7 +101,7 @@ def reduce(t: Labels, out, x: Tensor, dim=None, keepdim: bool = False, **setting
     dims = {d % max(1, x.dim()) for d in ([dim] if isinstance(dim, int) else dim or range(x.dim()))}
     for d in dims:
         t.classes.hold(t.axes(x)[d], "it is averaged or summed over")
-    wide = next(tensors_in(out)).dim() == x.dim()
+    wide = tensors_in(out)[0].dim() == x.dim()
     axes = [blank(1) if d in dims else axis for d, axis in enumerate(t.axes(x)) if wide or d not in dims]
     return [axes for _ in tensors_in(out)]
 
@@ -133,11 +133,8 @@ def matvec(t: Labels, out: Tensor, a: Tensor, b: Tensor) -> Axes:
 
 
 def biased_matmul(t: Labels, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **settings) -> Axes:
-    axes = matmul(t, out, a, b)[0]
-    for d in range(1, bias.dim() + 1):
-        if bias.shape[-d] == out.shape[-d]:
-            axes[-d] = t.classes.tie(axes[-d], t.axes(bias)[-d])
-    return [axes]
+    t.set(out, matmul(t, out, a, b)[0])
+    return pointwise(t, out, out, bias)
 
 
 def convolution(
@@ -181,7 +178,7 @@ def attention(t: Labels, out, q: Tensor, k: Tensor, v: Tensor, *rest, **settings
     for x in (q, k, v):
         for axis in t.axes(x)[2:]:
             t.classes.hold(axis, "attention runs over it")
-    return [[t.axes(q)[0], queries, *map(blank, next(tensors_in(out)).shape[2:])]]
+    return [[t.axes(q)[0], queries, *map(blank, tensors_in(out)[0].shape[2:])]]
 
 
 _RULES: dict[Callable[..., Axes], str] = {

@@ -4,9 +4,11 @@ Problem   The size of a weight says nothing about what the loss loses without it
 Idea      Expand the loss around the trained weights: dL = g dw + (1/2) H dw^2. At a minimum g = 0; without the weight
           dw = -w, so that costs (1/2) H w^2. The diagonal of H is approximated by the empirical Fisher information,
           F = (1/N) sum_n g_n^2, the mean of the squared gradients of single examples' losses.
-Law       Where the model's probabilities are the true ones, F is the expected Hessian of the log-loss.
+Law       Where the model's probabilities are the true ones, F is the expected Hessian of the log-loss of one prediction.
+          A window of n tokens is scored by its mean loss, whose F is n times smaller: ranks stay, sizes do not.
 Cost      One backward pass an example: the squared mean gradient of a batch is another quantity, smaller and noisier.
-Left out  What weights do to each other: the rest of H.
+Left out  What weights do to each other: the rest of H. So a channel's score is the sum of its weights' scores; the paper
+          squares the gradient of the channel's own mask, which holds what its weights do to each other.
 Source    LeCun et al. 1989, "Optimal brain damage", eq. 2; with Fisher Theis et al. 2018, arXiv:1801.05787.
 """
 
@@ -55,9 +57,8 @@ def singly(task: Task, examples: int) -> Iterator[Batch]:
 def gradients(model: nn.Module, layers: Layers, task: Task, batch: Batch) -> dict[str, Tensor]:
     """d loss / d weight of each layer that the loss depends on, in evaluation mode, frozen weights included."""
     with evaluating(model), thawed(layers), torch.enable_grad(), parametrize.cached():
-        weights = {
-            path: dense_weight(layer) for path, layer in layers.items()
-        }  # the very tensors of this pass, masks applied
+        # the very tensors of this pass, masks applied
+        weights = {path: dense_weight(layer) for path, layer in layers.items()}
         loss = task.loss(model(batch[0]), batch)  # type: ignore[misc]
         found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {path: g for path, g in zip(weights, found, strict=True) if g is not None}
@@ -84,13 +85,8 @@ class Fisher(Prune):
 
     examples: int = 128
 
-    paper = Paper(
-        "Theis et al.",
-        2018,
-        "Faster gaze prediction with dense networks and Fisher pruning",
-        "arXiv:1801.05787",
-        "Fisher pruning",
-    )
+    paper = Paper("Theis et al.", 2018, "Faster gaze prediction with dense networks and Fisher pruning",
+                  "arXiv:1801.05787", "Fisher pruning")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

@@ -90,13 +90,8 @@ class W8A8(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper(
-        "Dettmers et al.",
-        2022,
-        "LLM.int8(): 8-bit matrix multiplication for transformers at scale",
-        "arXiv:2208.07339",
-        "eq. 3",
-    )
+    paper = Paper("Dettmers et al.", 2022, "LLM.int8(): 8-bit matrix multiplication for transformers at scale",
+                  "arXiv:2208.07339", "eq. 3")  # fmt: skip
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return swap(model, nn.Linear, lambda layer: Int8Linear.from_float(bake(layer)), layers=self.layers, by="W8A8")

@@ -144,13 +144,9 @@ class RTN(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper(
-        "Jacob et al.",
-        2017,
-        "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
-        "arXiv:1712.05877",
-        "eq. 1",
-    )
+    paper = Paper("Jacob et al.", 2017,
+                  "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
+                  "arXiv:1712.05877", "eq. 1")  # fmt: skip
 
     def __post_init__(self):
         require_int(

@@ -60,13 +60,8 @@ class QAT(Technique):
 
     needs = frozenset({FLOAT_WEIGHTS})
     breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper(
-        "Bengio et al.",
-        2013,
-        "Estimating or propagating gradients through stochastic neurons",
-        "arXiv:1308.3432",
-        "sec. 4",
-    )
+    paper = Paper("Bengio et al.", 2013, "Estimating or propagating gradients through stochastic neurons",
+                  "arXiv:1308.3432", "sec. 4")  # fmt: skip
 
     def __post_init__(self):
         self.rounding()

@@ -69,12 +69,8 @@ class PromptLookup(Technique):
     ngram: int = 3
 
     needs = frozenset({DECODER})
-    paper = Paper(
-        "Yang et al.",
-        2023,
-        "Inference with reference: lossless acceleration of large language models",
-        "arXiv:2304.04487",
-    )
+    paper = Paper("Yang et al.", 2023, "Inference with reference: lossless acceleration of large language models",
+                  "arXiv:2304.04487")  # fmt: skip
 
     def __post_init__(self):
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")

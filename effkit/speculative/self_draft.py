@@ -30,13 +30,8 @@ class EarlyExit(Technique):
     depth: float = 0.5
 
     needs = frozenset({DECODER})
-    paper = Paper(
-        "Elhoushi et al.",
-        2024,
-        "LayerSkip: enabling early exit inference and self-speculative decoding",
-        "arXiv:2404.16710",
-        "section 4",
-    )
+    paper = Paper("Elhoushi et al.", 2024, "LayerSkip: enabling early exit inference and self-speculative decoding",
+                  "arXiv:2404.16710", "section 4")  # fmt: skip
 
     def __post_init__(self):
         require_float("depth", self.depth, 0.0, 1.0, open_low=True, hint="1 keeps every block")

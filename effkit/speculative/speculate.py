@@ -197,13 +197,8 @@ class Speculative(Technique):
     draft: Technique = EarlyExit(0.5)
     gamma: int = 4
 
-    paper = Paper(
-        "Leviathan et al.",
-        2022,
-        "Fast inference from transformers via speculative decoding",
-        "arXiv:2211.17192",
-        "algorithm 1",
-    )
+    paper = Paper("Leviathan et al.", 2022, "Fast inference from transformers via speculative decoding",
+                  "arXiv:2211.17192", "algorithm 1")  # fmt: skip
 
     def __post_init__(self):
         if not isinstance(self.draft, Technique):

@@ -1,7 +1,7 @@
 """Do the losses of two techniques add? Six ordered pairs on gpt-small, recorded: `python -m effkit.studies.pairs`.
 
 Each cell of the study is one recipe: the unchanged model, three techniques alone, six ordered pairs. A cell holds the
-cross-entropy on held-out windows, the bytes of the file, and the latency of a forward pass beside the unchanged model's,
+cross-entropy on held-out windows, window by window, the bytes of the file, and the latency of a forward pass beside the unchanged model's,
 timed in turns; or why the order is refused. Results are written after each cell to data/studies/pairs.json, and the same
 command goes on where it was stopped. Delete the file to start over.
 """
@@ -13,13 +13,14 @@ from dataclasses import replace
 from datetime import date
 from itertools import permutations
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from effkit import zoo
-from effkit.combining.pairs import Pair, cross_entropy, forbidden
+from effkit.combining.pairs import Pair, forbidden
 from effkit.core.paths import checkout, data_dir, write_atomically
 from effkit.core.recipe import to_json
 from effkit.core.task import Task
@@ -51,12 +52,20 @@ def cell(parts: tuple[str, ...], model: nn.Module, task: Task) -> dict:
     if len(steps) == 2 and (why := forbidden(*steps)):
         return {"refused": why}
     changed = Pipeline(steps or (Identity(),))(model, task)
+    windows = losses(changed, task)
     with evaluating(model), evaluating(changed):
         named = {"latency": changed, "latency of the unchanged": model}
         runs = {name: Forward(8).prepare(m, task) for name, m in named.items()}
         seconds = interleaved(runs, budget_s=2.0)
     readings = {"bytes on disk": disk_bytes(changed), **seconds}
-    return {"loss": cross_entropy(changed, task), **{name: reading.to_json() for name, reading in readings.items()}}
+    return {"loss": fmean(windows), "windows": windows, **{name: reading.to_json() for name, reading in readings.items()}}
+
+
+@torch.no_grad()
+def losses(model: nn.Module, task: Task) -> list[float]:
+    """Cross-entropy of each held-out window, nats a token."""
+    with evaluating(model):
+        return [round(float(task.loss(model(x), (x, y))), 6) for x, y in replace(task.test, size=1)]  # type: ignore[misc, type-var, union-attr]
 
 
 def run(path: Path | None = None) -> dict:

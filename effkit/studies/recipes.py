@@ -3,7 +3,7 @@
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule
 from effkit.studies.train import Recipe, compiled_language_loss
-from effkit.zoo.data import Jittered, Windows, mnist, stdlib_text
+from effkit.zoo.data import Jittered, Windows, mnist, stdlib_tests, stdlib_text
 from effkit.zoo.gpt import GPT
 from effkit.zoo.tasks import classification_loss
 from effkit.zoo.tokens import encode, shipped_tokenizer
@@ -11,7 +11,10 @@ from effkit.zoo.vision import MLP, ResNet
 
 
 def stdlib_training() -> Task:
-    ids = encode(shipped_tokenizer(), stdlib_text("train"))
+    """The training modules twice an epoch, for they are what is scored, and the `test` package once: with the modules
+    alone (3 M tokens for 4.7 M parameters) the model learned them by heart."""
+    modules = stdlib_text("train")
+    ids = encode(shipped_tokenizer(), (*modules, *stdlib_tests(), *modules))
     return Task("stdlib", train=Windows(ids, length=256, size=16, shuffle=True))  # type: ignore[arg-type]
 
 
@@ -39,7 +42,7 @@ RECIPES = {
     "gpt-small": Recipe(
         build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
         task=stdlib_training,
-        schedule=Schedule(steps=2600, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
+        schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
         loss=compiled_language_loss,
     ),
 }

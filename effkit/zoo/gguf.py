@@ -19,34 +19,26 @@ _NAMES = {
     "attn_q": "attention.q", "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o",
     "ffn_gate": "ff.gate", "ffn_up": "ff.up", "ffn_down": "ff.down", "attn_norm": "attention_norm", "ffn_norm": "ff_norm",
 }  # fmt: skip
+_FIELDS = {
+    "d_model": "embedding_length", "layers": "block_count", "heads": "attention.head_count", "context": "context_length",
+    "kv_heads": "attention.head_count_kv", "d_ff": "feed_forward_length", "rope_theta": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
 
 
 def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
     """Model in float32 and tokenizer. Raises ValueError for another architecture."""
     reader = gguf.GGUFReader(str(path))
-    if field(reader, "general.architecture") != "llama":
-        raise ValueError(
-            f"{path} holds the architecture {field(reader, 'general.architecture')!r}; only 'llama' is read here"
-        )
-    heads, kv_heads = field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")
+    if (kind := field(reader, "general.architecture")) != "llama":
+        raise ValueError(f"{path} holds the architecture {kind!r}; only 'llama' is read here")
     weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     with torch.device("meta"):
-        model = GPT(
-            vocab_size=weights["token_embd.weight"].shape[0],
-            d_model=field(reader, "llama.embedding_length"),
-            layers=field(reader, "llama.block_count"),
-            heads=heads,
-            kv_heads=kv_heads,
-            d_ff=field(reader, "llama.feed_forward_length"),
-            rope_theta=field(reader, "llama.rope.freq_base"),
-            norm_eps=field(reader, "llama.attention.layer_norm_rms_epsilon"),
-            tied="output.weight" not in weights,
-            context=field(reader, "llama.context_length"),
-        )
+        sizes = {ours: field(reader, f"llama.{theirs}") for ours, theirs in _FIELDS.items()}
+        model = GPT(vocab_size=len(weights["token_embd.weight"]), tied="output.weight" not in weights, **sizes)
     state = {}
     for name, tensor in weights.items():
-        tensor = half_layout(tensor, heads) if "attn_q.weight" in name else tensor
-        tensor = half_layout(tensor, kv_heads) if "attn_k.weight" in name else tensor
+        tensor = half_layout(tensor, sizes["heads"]) if "attn_q.weight" in name else tensor
+        tensor = half_layout(tensor, sizes["kv_heads"]) if "attn_k.weight" in name else tensor
         state[our_name(name)] = tensor
     model.load_state_dict(state, assign=True)
     return model.eval(), tokenizer(reader)
@@ -85,11 +77,6 @@ def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     )
     made.decoder = decoders.ByteLevel()
     control = int(gguf.TokenType.CONTROL)
-    made.add_special_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t, kind in zip(tokens, kinds, strict=True)
-            if kind == control
-        ]
-    )
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return made

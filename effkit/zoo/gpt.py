@@ -1,8 +1,9 @@
 """GPT: a decoder of the Llama kind, whose parameters map one to one to transformers.LlamaForCausalLM.
 
-RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU, no biases (Touvron et al. 2023,
-arXiv:2302.13971). Parents store no sizes: heads and widths are read from the layers, so a narrowed layer is all it
-takes to narrow the model. Attention itself belongs to the cache (core/generation.py).
+RMSNorm before each half of a block, rotary positions, SwiGLU, no biases (Touvron et al. 2023, arXiv:2302.13971), and
+grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245). Parents store no sizes: heads and widths are read from
+the layers, so a narrowed layer is all it takes to narrow the model. Attention itself belongs to the cache
+(core/generation.py).
 """
 
 from dataclasses import asdict, dataclass

@@ -14,6 +14,11 @@ _NAMES = {
     ".self_attn.o_proj.": ".attention.o.", ".mlp.gate_proj.": ".ff.gate.", ".mlp.up_proj.": ".ff.up.", ".mlp.down_proj.": ".ff.down.",
     ".input_layernorm.": ".attention_norm.", ".post_attention_layernorm.": ".ff_norm.",
 }  # fmt: skip
+_FIELDS = {
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings", "context": "max_position_embeddings",
+}  # fmt: skip
 
 
 def from_hf(model: nn.Module) -> "GPT":
@@ -23,19 +28,7 @@ def from_hf(model: nn.Module) -> "GPT":
     c: Any = model.config
     _refuse(c)
     with torch.device("meta"):
-        gpt = GPT(
-            vocab_size=c.vocab_size,
-            d_model=c.hidden_size,
-            layers=c.num_hidden_layers,
-            heads=c.num_attention_heads,
-            kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            d_ff=c.intermediate_size,
-            rope_theta=_rope(c).get("rope_theta", 10_000.0),
-            norm_eps=c.rms_norm_eps,
-            tied=c.tie_word_embeddings,
-            context=c.max_position_embeddings,
-        )
+        gpt = GPT(**{ours: getattr(c, theirs) for ours, theirs in _FIELDS.items()}, rope_theta=_rope(c)["rope_theta"])
     state = {_translate(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if c.tie_word_embeddings:
         state.pop("head.weight", None)
@@ -48,19 +41,8 @@ def to_hf(gpt: "GPT") -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = gpt.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.d_model,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.d_ff,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tied,
-        max_position_embeddings=c.context,
-    )
+    sizes = {theirs: getattr(c, ours) for ours, theirs in _FIELDS.items()}
+    config = LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
     model: nn.Module = LlamaForCausalLM(config)
     model = model.to(gpt.embedding.weight.dtype)
     state = {_translate(name, back=True): tensor for name, tensor in gpt.state_dict().items()}
@@ -73,20 +55,14 @@ def to_hf(gpt: "GPT") -> nn.Module:
 def _translate(name: str, back: bool = False) -> str:
     for theirs, ours in _NAMES.items():
         old, new = (ours, theirs) if back else (theirs, ours)
-        name = (
-            new + name[len(old) :] if name.startswith(old) else name.replace(old, new) if old.startswith(".") else name
-        )
+        name = f"^{name}".replace(old if old[0] == "." else f"^{old}", new if old[0] == "." else f"^{new}")[1:]
     return name
 
 
 def _rope(config) -> dict:
     """transformers 5 keeps rope settings in `rope_parameters`, 4 in two fields."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return {
-        "rope_theta": getattr(config, "rope_theta", 10_000.0),
-        **(getattr(config, "rope_scaling", None) or {}),
-        **parameters,
-    }
+    old, new = (getattr(config, name, None) or {} for name in ("rope_scaling", "rope_parameters"))
+    return {"rope_theta": getattr(config, "rope_theta", 10_000.0)} | old | new
 
 
 def _refuse(config) -> None:

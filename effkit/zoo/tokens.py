@@ -1,40 +1,21 @@
 """The shipped byte-level BPE: 1,024 tokens, trained on the standard library's training modules."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from itertools import islice
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from effkit.core.paths import cache_dir, data_dir, write_atomically
 
 END = "<|end|>"  # between files
-
-
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Tokenizer:
-    """A byte-level BPE (Sennrich et al. 2015, arXiv:1508.07909), by the tokenizers package."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    made.train_from_iterator(texts, trainer)
-    return made
-
-
-def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    write_atomically(path, tokenizer.to_str().encode())
 
 
 @cache
@@ -47,10 +28,10 @@ def shipped_tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def encode(tokenizer: Tokenizer, texts: Iterable[str], end: str = END) -> Int[Tensor, " tokens"]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], end: str = END) -> Int[Tensor, " tokens"]:
     """All texts as one stream, an end token after each."""
     stop = tokenizer.token_to_id(end)
-    parts = (tokenizer.encode_batch(list(some), add_special_tokens=False) for some in batched(texts, 32))
+    parts = (tokenizer.encode_batch(texts[i : i + 32], add_special_tokens=False) for i in range(0, len(texts), 32))
     # at once, the encodings of a library take a hundred times the bytes of its text
     return torch.tensor([token for part in parts for e in part for token in (*e.ids, stop)], dtype=torch.long)
 
@@ -66,9 +47,3 @@ def encode_once(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[Tensor, " tok
     with suppress(OSError):  # a folder that can't be written costs the seconds again, no more
         write_atomically(path, to_bytes({"ids": ids.to(torch.int32)}))
     return ids
-
-
-def batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
-    """Tuples of `size` items, the last one shorter (itertools has it from Python 3.12 on)."""
-    rest = iter(items)
-    return iter(lambda: tuple(islice(rest, size)), ())

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from effkit.core.checks import require_choice
-from effkit.core.report import Reading
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique, evaluating
 
@@ -41,9 +40,6 @@ class Use(Technique):
                 how = "take a model of the same vocabulary or classes"
                 raise ValueError(f"Use needs a model for the same inputs and outputs: {what}; {how}")
         return named
-
-    def claim(self, model: nn.Module) -> Reading:
-        return Reading(sum(p.numel() for p in model.parameters()), "params", "counted")
 
 
 @torch.no_grad()

@@ -1,11 +1,16 @@
 """The study of pairs: it goes on where it stopped, refuses another's results, and records what is forbidden."""
 
 import json
+import platform
+from dataclasses import replace
 
 import pytest
 import torch
 
+from effkit import zoo
 from effkit.combining.pairs import Pair
+from effkit.core.recipe import to_json
+from effkit.core.technique import Identity
 from effkit.studies import pairs
 from effkit.zoo.data import Windows
 from effkit.zoo.gpt import GPT
@@ -68,6 +73,20 @@ def test_results_of_other_settings_are_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "WINDOWS", 9)
     with pytest.raises(ValueError, match="begun with windows 8, not 9; delete it to start over"):
         pairs.run(tmp_path / "pairs.json")
+
+
+@pytest.mark.slow
+def test_a_recorded_cell_comes_out_again():
+    """What the notebook shows as recorded: two cells of ten, computed anew from the shipped checkpoint."""
+    study = pairs.read()
+    if platform.python_version_tuple()[:2] != tuple(study["python"].split(".")[:2]):
+        pytest.skip(f"the study was made with the standard library of Python {study['python']}: other text, other losses")
+    model, task = zoo.load("gpt-small")
+    task = replace(task, test=task.test.first(8))
+    for name, technique in {"unchanged": Identity(), "quantize": pairs.PARTS["quantize"]}.items():
+        assert study["recipes"].get(name, to_json(technique)) == to_json(technique)
+        again = pairs.losses(technique(model, task), task)
+        assert again == pytest.approx(study["cells"][name]["windows"][:8], abs=2e-3)
 
 
 def test_a_missing_study_says_how_to_make_it(tmp_path):

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from effkit.compilation.plan import nbytes
+
 ROWS, COLUMNS = 4, 6
 
 
@@ -72,3 +74,41 @@ def close(a, b, tolerance: float = 1e-9) -> bool:
         x.shape == y.shape and torch.allclose(x, y, tolerance, tolerance, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
+
+
+def respects(graph, order) -> bool:
+    """Every node stands behind all that it uses."""
+    seen: set[str] = set()
+    for node in order:
+        if not set(node.uses) <= seen:
+            return False
+        seen.add(node.name)
+    return True
+
+
+def best_order(graph) -> tuple[int, list[str]]:
+    """The lowest peak of any order, and such an order: for each set of nodes that may have run, the best way there."""
+    nodes = graph.operators
+    uses = {node.name: {u for u in node.uses if graph[u].computes} for node in nodes}
+    best: dict[frozenset[str], tuple[int, list[str]]] = {frozenset(): (0, [])}
+    for _ in nodes:
+        longer: dict[frozenset[str], tuple[int, list[str]]] = {}
+        for done, (height, order) in best.items():
+            for node in nodes:
+                if node.name not in done and uses[node.name] <= done:
+                    reached, now = max(height, alive(graph, node, done)), done | {node.name}
+                    if now not in longer or reached < longer[now][0]:
+                        longer[now] = reached, [*order, node.name]
+        best = longer
+    return best[frozenset(uses)]
+
+
+def alive(graph, node, done) -> int:
+    """Bytes alive while the node runs: its result, and what ran before and is still to be read or is returned."""
+    readers = {owner.name: set() for owner in graph.operators if not owner.base}
+    for reader in graph.operators:
+        for name in (reader.name, *reader.uses):
+            readers.get(graph.root(name), set()).add(reader.name)
+    kept = graph.escaping()
+    living = {name for name, of in readers.items() if name in done and (name in kept or not of <= done)}
+    return sum(nbytes(graph[name].type) for name in living | ({node.name} & readers.keys()))

@@ -131,3 +131,17 @@ class Noisy(nn.Module):
 def test_what_a_graph_cannot_say_is_refused(model, said):
     with pytest.raises(CannotCompile, match=said):
         capture(model, (torch.ones(3),))
+
+
+def test_weights_whose_paths_differ_by_a_dot_alone_stay_two():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ModuleDict({"b_c": nn.Linear(4, 4)})
+            self.a_b = nn.ModuleDict({"c": nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.a["b_c"](x) - 2 * self.a_b["c"](x)
+
+    model, x = Twice(), torch.randn(3, 4)
+    assert torch.allclose(run(capture(model, (x,)), (x,))[0], model(x), atol=1e-6)

@@ -90,3 +90,16 @@ def test_what_cannot_be_rebuilt_is_never_mistaken_for_something_else(tmp_path):
     save(model, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="no kind of module called 'Doubled'"):
         load(tmp_path / "m.safetensors")
+
+
+def test_the_same_bytes_read_as_two_dtypes_are_two_tensors(tmp_path):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("floats", torch.tensor([1.0, 2.0]))
+            self.register_buffer("ints", self.floats.view(torch.int32))
+
+    made, path = Both(), tmp_path / "m.safetensors"
+    save(made, path)
+    opened = load(path, base=Both())
+    assert opened.ints.dtype == torch.int32 and torch.equal(opened.ints, made.ints)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from effkit.core import training
-from effkit.core.paths import write_atomically
+from effkit.core import paths, training
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule, fit
 from effkit.studies import train as studies
@@ -263,16 +262,10 @@ def deadly(deadline: int, where: str):
         if next(steps) == deadline:
             if where == "in a step":
                 os.kill(os.getpid(), signal.SIGKILL)
-            training.write_atomically = lambda path, content: write_atomically(path, torn)
+            paths.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
         return classification_loss(model(batch[0]), batch)
 
     return loss
-
-
-def torn(file) -> None:
-    file.write(b"half a file")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of POSIX")
