@@ -95,6 +95,27 @@ def test_layers_that_could_overflow_int32_are_refused():
         Int8Linear.from_float(nn.Linear(integer._MOST_INPUTS + 1, 1))
 
 
+def test_a_layer_of_the_largest_numbers_just_fits_an_int32():
+    assert 127**2 * integer._MOST_INPUTS < 2**31 <= 127**2 * (integer._MOST_INPUTS + 1)
+
+
+def test_whole_activations_leave_nothing_but_the_weights_to_be_rounded():
+    """Whole numbers up to 127 are their own codes, so the integer layer is its dense weight and its bias."""
+    layer, x = nn.Linear(40, 6), torch.randint(-127, 128, (2, 5, 40)).float()
+    x[..., 0] = 127
+    eight = Int8Linear.from_float(layer)
+    torch.testing.assert_close(eight(x), F.linear(x, eight.dense_weight(), layer.bias), atol=1e-3, rtol=1e-4)
+    step = layer.weight.abs().amax(1, keepdim=True) / 127
+    assert ((eight.dense_weight() - layer.weight).abs() <= step / 2 * (1 + 1e-5)).all()
+    assert W8A8().claim(eight).value == 8 + 32 / 40
+
+
+def test_the_smallest_floats_are_rounded_too():
+    x = torch.tensor([[1e-44, -3e-44]])
+    q, scale = to_int8(x)
+    assert ((q * scale - x).abs() <= scale / 2).all()
+
+
 def test_gradients_pass_straight_through():
     w = torch.randn(3, 40, requires_grad=True)
     fake_quantize(w, bits=3, group_size=8, symmetric=False).square().sum().backward()
