@@ -125,8 +125,22 @@ def test_a_layer_that_is_never_reached_is_named():
     net = small_net()
     net.spare = nn.Linear(5, 5).double()
     net.forward = lambda x: net[2](net[1](net[0](x)))
-    x = torch.randn(4, 5, dtype=torch.float64)
-    assert "spare: scored 0" in repr(log(Fisher(0.5)(net, task_of(x, torch.zeros(4, dtype=torch.long)))))
+    toy = task_of(torch.randn(4, 5, dtype=torch.float64), torch.zeros(4, dtype=torch.long))
+    assert "spare: scored 0" in repr(log(Fisher(0.5)(net, toy)))
+    assert not Fisher().score(net, {"0": net[0], "spare": net.spare}, toy)["spare"].any()
+
+
+def test_looks_in_evaluation_mode_whatever_the_callers_is():
+    net, x = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).train(), torch.randn(6, 5)
+    toy = task_of(x, torch.zeros(6, dtype=torch.long))
+    seen = diagonal_fisher(net, {"0": net[0]}, toy, examples=6)["0"]
+    assert net.training and net[1].training
+    assert torch.equal(seen, diagonal_fisher(net.eval(), {"0": net[0]}, toy, examples=6)["0"])
+
+
+def test_works_for_a_caller_without_gradients():
+    with torch.no_grad():
+        check_equals_vmap()
 
 
 def test_needs_calibration_data_and_a_loss():
