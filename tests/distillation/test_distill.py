@@ -17,7 +17,7 @@ from effkit.core.technique import Paper, Pipeline, Technique
 from effkit.core.training import Schedule, fit
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.distillation import Distill, distill
-from effkit.distillation.losses import forward_kl
+from effkit.distillation.losses import forward_kl, reverse_kl
 from effkit.zoo.build import Fresh
 from effkit.zoo.data import Windows
 from effkit.zoo.gpt import GPT
@@ -240,12 +240,28 @@ def test_the_seed_changes_the_order_of_batches_and_dropout(teacher):
     assert torch.equal(first[0].weight, again[0].weight) and not torch.equal(first[0].weight, other[0].weight)
 
 
+def test_the_tasks_seed_orders_the_batches_and_ours_drops_units():
+    torch.manual_seed(0)
+    model, task = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 3)), images()
+    batches = [replace(task.train, seed=1), replace(task.train, shuffle=False)]
+    first, reordered, fixed = (Distill(lr=1e-2)(model, replace(task, train=b))[0].weight for b in (task.train, *batches))
+    assert not torch.equal(first, reordered)
+    assert not torch.equal(fixed, Distill(lr=1e-2, seed=1)(model, replace(task, train=batches[1]))[0].weight)
+
+
+@pytest.mark.parametrize("name, divergence", [("forward", forward_kl), ("reverse", reverse_kl)])
+def test_the_divergence_that_is_named_is_the_one_that_counts(name, divergence, teacher):
+    student, batch = STUDENT(teacher), images().train.at(0)
+    loss = distill.distillation_loss(teacher, images(), alpha=0.0, temperature=1.0, divergence=name)
+    torch.testing.assert_close(loss(student, batch), divergence(student(batch[0]), teacher(batch[0])).mean())
+
+
 def test_the_student_opens_without_its_teacher(tmp_path, teacher):
     student = Distill(STUDENT)(teacher, images())
     save(student, tmp_path / "student")
     opened = load(tmp_path / "student")
     x = torch.randn(5, 12)
-    assert torch.equal(opened(x), student(x))
+    assert torch.equal(opened(x), student(x)) and all(p.grad is None for p in student.parameters())
     assert "teacher's logits" in str(log(student)) and Distill(STUDENT).claim(student).value == 12 * 6 + 6 + 6 * 3 + 3
 
 
