@@ -74,6 +74,12 @@ def test_the_square_root_is_one():
     assert_close(s @ s.T, gram.double() + 1e-6 * gram.double().diagonal().mean() * torch.eye(24, dtype=torch.float64))
 
 
+def test_a_layer_counts_as_much_as_it_has_weights():
+    s = torch.tensor([30.0, 2.0, 1.0])
+    assert (s * WhitenedSVD().weight_of(s, 6, 4)).square().sum() == pytest.approx(6 * 4)
+    assert WhitenedSVD().weight_of(0 * s, 6, 4) == 0
+
+
 def test_a_layer_that_no_input_reaches_is_named():
     class Aside(nn.Module):
         def __init__(self):
