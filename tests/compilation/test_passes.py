@@ -99,6 +99,17 @@ def test_numbers_of_different_type_are_different_subexpressions():
     ]
 
 
+def test_zeros_of_either_sign_are_different_subexpressions():
+    function = lambda w, x: (x * 0.0).reciprocal() + (x * -0.0).reciprocal()  # noqa: E731  (inf - inf)
+    assert run(passes.cse(of(function)), (torch.ones(3, 4),))[0].isnan().all()
+
+
+def test_what_is_made_from_nothing_is_folded_only_while_small():
+    for n, kept in ((2**10, False), (2**18, True)):
+        graph = passes.dce(passes.fold(of(lambda w, x, n=n: x.sum() * torch.arange(n))))
+        assert ("arange" in names(graph)) is kept
+
+
 def test_results_that_are_returned_never_share_memory_with_others():
     x = torch.randn(3, 4)
     for name in PURE:
@@ -127,6 +138,8 @@ def test_scaled_filters_by_hand():
     w, gamma, beta = torch.full((1, 1, 1, 1), 2.0), torch.tensor([3.0]), torch.tensor([5.0])
     filters, shift = passes.scaled_filters(w, None, gamma, beta, torch.tensor([1.0]), torch.tensor([4.0]), 0.0)
     assert filters.item() == 3.0 and shift.item() == 3.5  # (2 x - 1) / 2 * 3 + 5 = 3 x + 3.5
+    filters, shift = passes.scaled_filters(w, torch.tensor([7.0]), gamma, beta, torch.tensor([1.0]), torch.tensor([3.0]), 1.0)
+    assert filters.item() == 3.0 and shift.item() == 14.0  # (2 x + 7 - 1) / sqrt(3 + 1) * 3 + 5 = 3 x + 14
 
 
 def resnet():
@@ -163,6 +176,25 @@ def test_a_convolution_that_others_read_keeps_its_normalization():
 
     graph = capture(Both().eval(), (torch.randn(1, 1, 5, 5),))
     assert "native_batch_norm" in names(passes.conv_bn(graph))
+
+
+class Returned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y, self.norm(y)
+
+
+@pytest.mark.parametrize("make", [Returned, lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.BatchNorm2d(2))])
+def test_a_convolution_that_is_returned_or_transposed_keeps_its_normalization(make):
+    model, x = make().eval(), (torch.randn(1, 2, 5, 5),)
+    [norm] = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norm.weight.data = torch.tensor([2.0, 5.0])
+    graph = capture(model, x)
+    assert close(run(passes.conv_bn(graph), x), run(graph, x), 1e-5)
 
 
 # planted bugs
