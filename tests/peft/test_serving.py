@@ -100,6 +100,12 @@ def test_another_base_is_refused_unless_asked_for(tmp_path):
         load_adapters(other, path)
 
 
+def test_a_fingerprint_tells_apart_what_has_the_same_bytes():
+    wide, tall, half = nn.Linear(6, 4, bias=False), nn.Linear(4, 6, bias=False), nn.Linear(6, 8, bias=False)
+    tall.weight.data, half.weight.data = wide.weight.data.reshape(6, 4), wide.weight.data.view(torch.float16).reshape(8, 6)
+    assert len({serving.fingerprint([layer]) for layer in (wide, tall, half)}) == 3
+
+
 def test_files_and_models_that_do_not_fit(tmp_path):
     path = tmp_path / "adapters.safetensors"
     with pytest.raises(ValueError, match="this model has no adapters"):
