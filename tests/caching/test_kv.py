@@ -75,6 +75,13 @@ def test_room_is_reserved_once_and_doubled_where_it_is_short(monkeypatch):
     assert made == [3, 6, 12, 24]
 
 
+def test_a_model_reserves_as_much_room_as_it_is_asked_for():
+    model = Preallocated()(decoder(dtype=torch.float32))
+    cache, c = model.new_cache(capacity=20), model.config
+    model(text(1), cache)
+    assert cache.nbytes() == kv_bytes(20, layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+
+
 def test_it_writes_in_place():
     model, ids = decoder(), text(10)
     cache = PreallocatedCache(model.rope, 10)
@@ -102,6 +109,7 @@ def test_a_technique_changes_which_cache_is_made_and_nothing_else(technique, kin
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), result.parameters(), strict=True))
     assert torch.equal(result.generate(ids, 12, sampler=GREEDY), model.generate(ids, 12, sampler=GREEDY))
     assert "kv" in str(effkit.log(result)) and type(technique).__name__ in str(effkit.log(result))
+    assert not any(m.training for m in result.modules())
     effkit.save(result, tmp_path / "model.safetensors")
     opened = effkit.load(tmp_path / "model.safetensors")
     assert type(opened.new_cache(capacity=4)) is kind
