@@ -234,6 +234,13 @@ def test_a_copy_as_draft_is_always_accepted():
     assert [len(s.tokens) for s in steps] == [5] * 6
 
 
+def test_proposals_behind_a_stop_token_were_accepted_all_the_same():
+    target, ids = decoder(0), text(4)
+    stop = generate(target, ids, 2, sampler=GREEDY)[0, -1:]
+    [step] = speculate.speculate(target, DraftModel(target, capacity=64), ids, 30, gamma=4, sampler=GREEDY, stop=stop.tolist())
+    assert (step.proposed, step.accepted, len(step.tokens)) == (4, 4, 2)
+
+
 def test_a_draft_that_is_never_right_gives_one_token_a_pass():
     target, ids = decoder(0), text(4)
     steps = list(

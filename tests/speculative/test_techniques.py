@@ -15,7 +15,7 @@ from effkit.core.technique import Identity, Pipeline
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.quantization import RTN
 from effkit.speculative import SHOWCASE, EarlyExit, PromptLookup, Speculative, lookup
-from effkit.speculative.draft import tensor_bytes
+from effkit.speculative.draft import share, tensor_bytes
 from effkit.speculative.law import statistics
 from effkit.zoo.use import Use
 from tests.caching.decoders import decoder, text
@@ -90,6 +90,26 @@ def test_what_the_draft_left_unchanged_is_held_and_written_once(tmp_path):
     rounded = Speculative(RTN(bits=4))(model)
     assert rounded.decoding.draft.embedding.weight is rounded.embedding.weight
     assert rounded.decoding.draft.blocks[0].attention.q.dense_weight().shape == model.blocks[0].attention.q.weight.shape
+
+
+def test_what_learns_is_not_shared_with_what_is_frozen():
+    model, frozen = decoder(), decoder().requires_grad_(False)
+    share(frozen, model)
+    assert not {id(p) for p in frozen.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_what_draft_and_target_share_is_counted_once():
+    shared = Speculative(Identity())(decoder())
+    assert tensor_bytes(shared) == tensor_bytes(decoder()) == sum(p.nbytes for p in decoder().parameters())
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_a_pass_proposes_as_many_as_it_was_told(gamma):
+    """A copy as draft is always right: gamma + 1 tokens a pass of the target."""
+    result, calls = Speculative(Identity(), gamma=gamma)(decoder()), []
+    result.norm.register_forward_hook(lambda *_: calls.append(1))
+    result.generate(text(4), 24, sampler=GREEDY)
+    assert len(calls) == 24 // (gamma + 1)
 
 
 def test_a_draft_that_was_masked_keeps_its_mask():
