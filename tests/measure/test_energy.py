@@ -1,12 +1,14 @@
 """Counters wrap around and must not count twice; without one a number is an estimate and stays one."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from effkit.core.report import Reading
 from effkit.measure import Power, carbon, energy, grid_intensity, once, places
-from effkit.measure.energy import Rapl, counters
+from effkit.measure.energy import Nvml, Rapl, counters
 
 RANGE = 1_000_000  # microjoules: these toy counters wrap around every joule
 
@@ -82,6 +84,21 @@ def test_a_single_call_gives_its_result_and_what_it_took(powercap, monkeypatch):
     monkeypatch.setattr(module, "counters", lambda: [])
     _, seconds, joules = once(lambda: None)
     assert joules.provenance == "estimated" and joules.value == seconds.value * Power().reading().value
+
+
+def test_a_gpu_counts_millijoules(monkeypatch):
+    counter = SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda i: i, nvmlDeviceGetTotalEnergyConsumption=lambda handle: 7000
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", counter)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert Nvml().joules() == 7.0
+
+
+def test_every_busy_core_draws_its_power(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    watts = Power(core=10.0, low=5.0, high=20.0).reading()
+    assert (watts.value, watts.spread) == (30.0, 22.5)  # 15 to 60 W
 
 
 def test_a_folder_without_counters_has_none(tmp_path):

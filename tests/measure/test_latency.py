@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from effkit.measure import interleaved, latency, median_interval, samples
+from effkit.measure.latency import summary
 
 
 def exact_coverage(n: int, k: int) -> float:
@@ -74,6 +76,11 @@ def test_a_reading_says_what_it_is():
     assert reading.value >= 0.002
     assert (reading.unit, reading.provenance, reading.better) == ("s", "measured", "lower")
     assert "n = 3" in reading.note and "threads" in reading.note
+
+
+def test_the_spread_is_the_interquartile_range():
+    reading = summary(torch.arange(1.0, 6.0), "s")
+    assert (reading.value, reading.spread) == (3, 4 - 2)
 
 
 def test_a_slower_function_loses_the_race():

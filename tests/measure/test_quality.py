@@ -55,6 +55,7 @@ def test_a_pair_sees_what_two_scores_do_not():
     apart = quality(Picks(158), TASK) - quality(Picks(150), TASK)
     assert result.difference.spread < apart.spread / 2
     assert result.interval[0] > 0 and result.p == pytest.approx(2 / 2**8)
+    assert result.interval == pytest.approx([0.04 - 1.96 * result.difference.spread, 0.04 + 1.96 * result.difference.spread], rel=1e-3)
     assert "p = 0.00781" in str(result)
 
 

@@ -1,5 +1,7 @@
 """The roof is the lower of two lines; a machine's description is read from what Linux tells."""
 
+import sys
+
 import pytest
 
 from effkit.core.report import Reading
@@ -57,6 +59,16 @@ def test_this_machine_has_a_roofline():
     assert max(here.reads) == 2**23
     assert here.attainable(1e9).value == here.peaks["float32"].value
     assert str(here.processor) in str(here)
+
+
+def test_rates_count_the_bytes_that_are_read_and_macs_rather_than_flops(monkeypatch):
+    """On a machine that reads a byte a second, and multiplies whole matrices in two."""
+    module = sys.modules["effkit.measure.roofline"]
+    taken = lambda f, **_: Reading(float(f.__self__.nbytes) if hasattr(f, "__self__") else 2.0, "s", "measured", 0.5)  # noqa: E731
+    monkeypatch.setattr(module, "latency", taken)
+    assert {r.value for r in module._reads(2**23).values()} == {1.0}
+    rate = module._sweep("float32", (64,))[64]
+    assert (rate.value, rate.spread) == (64**3 / 2, 64**3 / 8)  # a quarter of the time is a quarter of the rate
 
 
 def test_a_processor_is_described_by_what_speed_hangs_on(tmp_path):
