@@ -69,13 +69,20 @@ def test_prune_then_qat_forgets_the_mask(model):
     assert zeros(pipeline) < 0.6
 
 
-def test_packed_is_what_was_trained(model, monkeypatch):
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_packed_is_what_was_trained(model, monkeypatch, symmetric):
     """The last forward pass of training and the packed model agree: mask and grid are the very same."""
     seen = []
     monkeypatch.setattr(qap, "masked", lambda layer, real=qap.masked: (seen.append(layer.weight.detach()), real(layer)))
-    result = QAP(sparsity=0.5, bits=3, epochs=1, lr=1e-2)(model, clouds())
+    result = QAP(sparsity=0.5, bits=3, symmetric=symmetric, epochs=1, lr=1e-2)(model, clouds())
     for layer, weight in zip(result.layers, seen, strict=True):
         torch.testing.assert_close(layer.dense_weight(), weight, atol=1e-6, rtol=1e-6)
+
+
+def test_only_the_layers_that_are_named_lose_weights_and_bits(model):
+    result = QAP(sparsity=0.75, layers="layers.1")(model, clouds())
+    assert type(result.layers[0]) is nn.Linear and result.layers[0].weight.all()
+    assert type(result.layers[1]) is not nn.Linear
 
 
 def test_gradients_reach_only_what_the_mask_keeps():
