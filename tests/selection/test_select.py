@@ -188,6 +188,12 @@ def test_where_less_is_better_the_limit_is_the_most_allowed():
     assert "at most 1.1" in limits.describe(bits)
 
 
+def test_a_limit_below_zero_is_missed_from_below():
+    """Log-likelihoods, say."""
+    found = [Constraints(min_score=-2.0).misses({"accuracy": Reading(v, "", "estimated")}, ACCURACY) for v in (-3.0, -1.0)]
+    assert [miss["accuracy"] for miss in found] == [0.5, -0.5]
+
+
 # screening and refusals
 
 
@@ -199,6 +205,14 @@ def test_a_hopeless_candidate_is_scored_on_a_share_alone_and_says_so(learned):
     assert bad.screened and "n = 50" in bad.readings["accuracy"].note and "screened out" in str(bad)
     assert not Evaluate(model, task, Forward(), Constraints(min_score=0.3))(effkit.Identity()).screened
     assert not dataclasses.replace(evaluate, screen=1.0)(effkit.Identity()).screened
+
+
+@pytest.mark.parametrize("limit", [0.5, 50.0])
+def test_only_more_than_three_standard_errors_are_hopeless(learned, limit):
+    """Whatever the unit of the score: a miss is compared in it."""
+    evaluate = Evaluate(*learned, Forward(), Constraints(min_score=limit))
+    scores = (Reading(limit - n, "", "measured", 1.0) for n in (2.9, 3.1))
+    assert [evaluate.hopeless(score) for score in scores] == [False, True]
 
 
 def test_the_frontier_leaves_out_what_was_scored_on_a_share():
