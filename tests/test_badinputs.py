@@ -464,10 +464,11 @@ def altered(data: bytes, how: str) -> bytes:
         "empty": b"",
         "pickle": b"\x80\x04cos\nsystem\n",
         "schema": data.replace(b'\\"schema\\":1', b'\\"schema\\":7'),
+        "header": data.replace(b'\\"training\\":false', b'\\"training\\":true '),
     }[how]
 
 
-@pytest.mark.parametrize("how", ["cut", "bit", "empty", "pickle", "schema"])
+@pytest.mark.parametrize("how", ["cut", "bit", "empty", "pickle", "schema", "header"])
 def test_27_damaged_and_hostile_files_are_refused(how, tmp_path):
     path = tmp_path / "model.safetensors"
     save(SUBJECTS["mlp"][0](), path)

@@ -135,6 +135,13 @@ def test_without_masters_small_steps_would_be_lost(monkeypatch):
     assert drift(torch.bfloat16) == 1.0
 
 
+def test_an_unused_parameter_stays_as_it_is_in_half_precision():
+    model = toy_model(torch.bfloat16)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
+    fit(model, toy_task(torch.bfloat16), Schedule(steps=2))
+    assert model.unused.eq(1).all()
+
+
 def test_what_a_callback_writes_into_half_precision_counts():
     model = toy_model(torch.bfloat16)
 
@@ -218,13 +225,14 @@ def test_a_thread_may_train_too(tmp_path):
     assert len(curves[0]) == 12
 
 
-@pytest.mark.parametrize("how", ["cut", "bit"])
+@pytest.mark.parametrize("how", ["cut", "bit", "name"])
 def test_a_damaged_state_is_refused(tmp_path, how):
     path = tmp_path / "state"
     with pytest.raises(Stop):
         fit(toy_model(), toy_task(), SCHEDULE, resume=path, save_every=2, after_step=stop_after(5))
     data = path.read_bytes()
-    path.write_bytes(data[:200] if how == "cut" else data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    flipped = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+    path.write_bytes({"cut": data[:200], "bit": flipped, "name": data.replace(b"exp_avg_sq.", b"exp_avg_sr.")}[how])
     with pytest.raises(ValueError, match="damaged.*delete it to start over"):
         fit(toy_model(), toy_task(), SCHEDULE, resume=path)
 
