@@ -3,6 +3,7 @@
 A learner works on copies in work/, so that `git pull` never meets an answer, and no copy is ever overwritten.
 """
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -45,5 +46,5 @@ def execute(path: Path) -> None:
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute()
+    client.execute(env={**os.environ, "TQDM_DISABLE": "1"})  # a bar that has reached its end says nothing
     write_atomically(path, nbformat.writes(notebook).encode() + b"\n")
