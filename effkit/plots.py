@@ -225,18 +225,18 @@ def _styles() -> Iterator[dict]:
 
 
 def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
-    axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
-    for axis, logarithmic in ((axes.xaxis, logx), (axes.yaxis, logy)):
-        if logarithmic:
-            _label(axis)
+    for name in ("x",) * logx + ("y",) * logy:
+        axes.set(**{f"{name}scale": "log"})
+        _label(getattr(axes, f"{name}axis"))
     axes.legend(frameon=False, **place)
 
 
 def _label(axis) -> None:
     """Numbers as people write them, on as many ticks of a logarithmic axis as there is room for."""
     low, high = axis.get_view_interval()
-    few = math.log10(high / low) < 1.5
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=12))
+    decades = math.log10(high / low)
+    digits = range(1, 10) if decades < 0.6 else (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.6 else (1,)
+    axis.set_major_locator(LogLocator(subs=tuple(digits), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axis.set_minor_formatter(NullFormatter())
 

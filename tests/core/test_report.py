@@ -88,6 +88,6 @@ def test_a_table_keeps_its_rows_and_says_what_its_marks_mean():
     )
     assert table.columns == ["latency", "energy"] and len(table) == 2
     assert table.cells()[1] == ["a", "1 ±0.5 s (!)", "-"]
-    assert all(part in table.footnote() for part in ("a pass", "~ estimated", "± spread", "busy"))
+    assert all(part in table.footnote() for part in ("a pass", "~ estimated", "± half the interquartile range", "busy"))
     with pytest.raises(KeyError, match="there are a, b"):
         table["c"]

@@ -78,9 +78,9 @@ def test_a_reading_says_what_it_is():
     assert "n = 3" in reading.note and "threads" in reading.note
 
 
-def test_the_spread_is_the_interquartile_range():
+def test_the_spread_is_half_the_interquartile_range():
     reading = summary(torch.arange(1.0, 6.0), "s")
-    assert (reading.value, reading.spread) == (3, 4 - 2)
+    assert (reading.value, reading.spread) == (3, (4 - 2) / 2)
 
 
 def test_a_slower_function_loses_the_race():

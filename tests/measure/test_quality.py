@@ -59,9 +59,12 @@ def test_a_pair_sees_what_two_scores_do_not():
     assert "p = 0.00781" in str(result)
 
 
-def test_a_model_does_not_differ_from_itself():
+def test_no_answer_changed_is_known_to_three_in_n_and_not_to_nothing():
+    """At this rate of change 200 answers would all have stayed as they were once in twenty times."""
     result = paired(Picks(150), Picks(150), TASK)
-    assert (result.difference.value, result.interval, result.p) == (0.0, (0.0, 0.0), 1.0)
+    assert (result.difference.value, result.p) == (0.0, 1.0)
+    low, high = result.interval
+    assert low == -high and (1 - high) ** 200 == pytest.approx(0.05, rel=0.05) and high == pytest.approx(3 / 200, rel=0.01)
 
 
 def test_scores_that_are_not_right_or_wrong_have_no_mcnemar():

@@ -119,7 +119,7 @@ def test_with_counters_it_is_in_joules(monkeypatch):
     ran = []
 
     class Counter:
-        name = "toy"
+        name, seconds = "toy", math.inf
 
         def joules(self):
             return float(len(ran))
