@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import optuna
@@ -257,8 +258,9 @@ WHOLE = [toy(technique) for technique in DEEP.everything()]
 
 
 def regret(sampler: str, limit: int, seed: int) -> float:
-    """By how much the best that keeps the limit is better than the best found, 40 of 900 candidates measured."""
-    found = search(space=DEEP, sampler=sampler, seed=seed, limits=Constraints(max_bytes=limit)).run(40)
+    """By how much the best that keeps the limit is better than the best found, 100 of 900 candidates measured; after 40
+    nothing can be told yet."""
+    found = search(space=DEEP, sampler=sampler, seed=seed, limits=Constraints(max_bytes=limit)).run(100)
     best = (max((c.readings["accuracy"].value for c in cs if fits(c, limit)), default=0.0) for cs in (WHOLE, found))
     return next(best) - next(best)
 
@@ -267,23 +269,25 @@ def fits(candidate: Candidate, limit: int) -> bool:
     return bool(candidate.readings) and candidate.readings[BYTES].value <= limit
 
 
+@cache
 def mean_regret(sampler: str) -> float:
-    return sum(regret(sampler, limit, seed) for limit in (60, 80, 100, 150) for seed in range(6)) / 24
+    return sum(regret(sampler, 80, seed) for seed in range(5)) / 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "evolution"])
 def test_at_equal_budget_a_learner_comes_nearer_to_the_best_than_random_search(sampler):
     assert 0 <= mean_regret(sampler) < mean_regret("random")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "evolution"])
 def test_a_sampler_that_ignores_what_it_saw_is_caught(sampler, monkeypatch):
     learning = Search._sampler
-    blind = {seed: search(sampler="random", seed=seed) for seed in range(6)}
+    blind = {seed: search(sampler="random", seed=seed) for seed in range(5)}
     monkeypatch.setattr(Search, "_sampler", lambda self, *when: learning(blind[self.seed], *when))
     monkeypatch.setattr(searches, "child", lambda trials, rng: {})
-    with pytest.raises(AssertionError):
-        test_at_equal_budget_a_learner_comes_nearer_to_the_best_than_random_search(sampler)
+    assert mean_regret.__wrapped__(sampler) >= mean_regret("random")
 
 
 # breeding

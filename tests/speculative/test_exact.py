@@ -78,7 +78,7 @@ def real_p_value(n: int = 500) -> float:
     """Two tokens after a prompt of held-out kind, by gpt-small and its own first half."""
     target = trained()
     ids = torch.tensor([zoo.tokenizer("gpt-small").encode("import os\n\ndef main(").ids])
-    return fit(target, EarlyExit(0.5)(target), ids, 2, 1, Sampler(temperature=0.7, top_k=20), n, seed=1)
+    return fit(target, EarlyExit(0.5)(target), ids, 2, 1, Sampler(temperature=0.7, top_k=20), n)
 
 
 @pytest.mark.slow
