@@ -133,19 +133,24 @@ def roofline(peaks: Named, bandwidths: Named, points: Named, *, title: str) -> F
     bandwidths  level -> bytes/s, such as {"memory": roof.bandwidth, "cache": roof.cache_bandwidth}
     points      name -> (intensity in macs a byte, speed in macs/s)
     """
-    fig, axes = figure(title, "arithmetic intensity (macs a byte)", "speed (macs/s)")
-    tops, slopes = _values(peaks.values()), _values(bandwidths.values())
+    fig, axes = figure(title, "arithmetic intensity (macs a byte)", "speed (Gmacs/s)")
+    tops, slopes = 1e-9 * _values(peaks.values()), 1e-9 * _values(bandwidths.values())
     where = [*_values(x for x, _ in points.values()), tops.min() / slopes.max(), tops.max() / slopes.min()]
-    left, right = min(where) / 3, max(where) * 3
+    left, right = min(where) / 3, max(where) * 12  # room for names
     for name, slope, dash in zip(bandwidths, slopes, itertools.cycle(DASHES), strict=False):
         ridge = tops.max() / slope
         axes.plot([left, ridge], [left * slope, tops.max()], color=GREY, linestyle=dash, label=f"memory: {name}")
     for name, top, style in zip(peaks, tops, _styles(), strict=False):
         ends = [top / slopes.max(), right]
         axes.plot(ends, [top, top], color=style["color"], linestyle=style["linestyle"], label=f"arithmetic: {name}")
-    for (name, (intensity, speed)), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
-        axes.plot(*_values((intensity, speed)), marker, color="black", label=name, linestyle="none")
-    _finish(axes, True, True, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    placed: list[np.ndarray] = []
+    for (name, point), marker in zip(points.items(), itertools.cycle(MARKERS), strict=False):
+        place = _values(point) * (1, 1e-9)
+        crowd = sum((np.abs(np.log10(place / other)) < (1, 0.12)).all() for other in placed)  # names would overlap
+        axes.plot(*place, marker, color="black", markersize=4, linestyle="none")
+        axes.annotate(name, place, (5, 9 * crowd - 3), textcoords="offset points", fontsize=8)
+        placed.append(place)
+    _finish(axes, True, True, fontsize=8, loc="lower right")
     return fig
 
 

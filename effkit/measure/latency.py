@@ -107,7 +107,8 @@ def rate(amount: float, seconds: Reading, unit: str) -> Reading:
 
 def threads() -> str:
     """How many threads torch uses, in words."""
-    return f"{torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{n} thread{'s' * (n != 1)}"
 
 
 def synchronize() -> None:

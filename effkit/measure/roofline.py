@@ -46,7 +46,7 @@ class Processor:
     def __str__(self) -> str:
         size = f", {self.cache / MIB:.0f} MiB cache" if self.cache else ""
         features = " ".join(self.features) or "features unknown"
-        return f"{self.name}, {self.cores} cores, {self.threads} threads, {features}{size}"
+        return f"{self.name}, {self.cores} cores, {self.threads} thread{'s' * (self.threads != 1)}, {features}{size}"
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:

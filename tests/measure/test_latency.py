@@ -75,7 +75,7 @@ def test_a_reading_says_what_it_is():
     reading = latency(lambda: time.sleep(0.002), min_repeats=3, budget_s=0.0)
     assert reading.value >= 0.002
     assert (reading.unit, reading.provenance, reading.better) == ("s", "measured", "lower")
-    assert "n = 3" in reading.note and "threads" in reading.note
+    assert "n = 3" in reading.note and "thread" in reading.note
 
 
 def test_the_spread_is_half_the_interquartile_range():
