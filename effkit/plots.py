@@ -65,7 +65,7 @@ def draw_lines(axes: Axes, series: Named) -> None:
         if band is not None:
             axes.fill_between(_values(x), values - band, values + band, color=style["color"], alpha=0.2, linewidth=0)
     if all((_values(x) % 1 == 0).all() for x, *_ in series.values()):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def crossings(x, a, b, *, logx=False, logy=False) -> list[float]:
@@ -119,7 +119,7 @@ def heatmap(
     axes.set_yticks(range(len(rows)), [str(r) for r in rows])
     axes.grid(False)
     if values.size <= 120:
-        for (i, j), value in np.ndenumerate(values):
+        for (i, j), value in ((at, v) for at, v in np.ndenumerate(values) if np.isfinite(v)):
             dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
     fig.colorbar(image, ax=axes, label=unit)
