@@ -1,6 +1,7 @@
 """Models, data and tasks that come with effkit: `zoo.load(name) -> (model, task)`."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from effkit.core.paths import data_dir
 from effkit.core.task import Task
 from effkit.zoo.data import english_text, mnist, numpy_text, stdlib_text
 from effkit.zoo.fetch import where
-from effkit.zoo.gguf import read_gguf
+from effkit.zoo.gguf import read_gguf, read_tokenizer
 from effkit.zoo.gpt import GPT, GPTConfig
 from effkit.zoo.tasks import classification, language
 from effkit.zoo.tokens import encode_once, shipped_tokenizer
@@ -29,8 +30,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Task
     """A trained model in eval mode and what it is for. Raises ValueError for an unknown name, FileNotFoundError for
     a model that has to be fetched or made first."""
     if name == "smollm2":
-        model, made = read_smollm2()
-        return model.to(dtype), made
+        return read_smollm2(dtype)
     if name not in _TASKS:
         raise ValueError(f"no model {name!r}; there are {', '.join(names())}")
     path = data_dir() / f"{name}.safetensors"
@@ -43,28 +43,28 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Task
 
 def tokenizer(name: str):
     """The tokenizer of a language model."""
-    return smollm2_file()[1] if name == "smollm2" else shipped_tokenizer()
+    return read_tokenizer(smollm2_path()) if name == "smollm2" else shipped_tokenizer()
 
 
-def smollm2_file():
+def smollm2_path() -> Path:
     path = where("smollm2")
     if path is None:
         raise FileNotFoundError(
             "smollm2 has not been fetched: run `effkit fetch smollm2` (98 MB) where there is a network"
         )
-    return read_gguf(path)
+    return path
 
 
-def read_smollm2() -> tuple[nn.Module, Task]:
+def read_smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Task]:
     """SmolLM2-135M-Instruct and its task: English prose that no model here was trained on, windows of 511 tokens.
 
     Its linear weights were already rounded to 4 bits in blocks of 32 before they were shipped; rounding them again on
     that grid flatters every method."""
-    model, coder = smollm2_file()
+    model, coder = read_gguf(smollm2_path(), dtype)
     ids = torch.tensor(coder.encode(english_text()).ids)
     third = len(ids) // 3
     streams = {"test": ids[: 24 * 511 + 1], "val": ids[third : third + 8 * 511 + 1], "calib": ids[2 * third :]}
-    return model, language("english", coder, streams, length=511, size=2)
+    return model, language("english", coder, streams, length=511, size=1)
 
 
 def numpy_task() -> Task:

@@ -26,12 +26,13 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
-    """Model in float32 and tokenizer. Raises ValueError for another architecture."""
+def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer; no more than one tensor is ever held in float32 beside it. Raises ValueError for another
+    architecture."""
     reader = gguf.GGUFReader(str(path))
     if (kind := field(reader, "general.architecture")) != "llama":
         raise ValueError(f"{path} holds the architecture {kind!r}; only 'llama' is read here")
-    weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type)).to(dtype, copy=True) for t in reader.tensors}
     with torch.device("meta"):
         sizes = {ours: field(reader, f"llama.{theirs}") for ours, theirs in _FIELDS.items()}
         model = GPT(vocab_size=len(weights["token_embd.weight"]), tied="output.weight" not in weights, **sizes)
@@ -42,6 +43,11 @@ def read_gguf(path: str | Path) -> tuple[GPT, Tokenizer]:
         state[our_name(name)] = tensor
     model.load_state_dict(state, assign=True)
     return model.eval(), tokenizer(reader)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer alone."""
+    return tokenizer(gguf.GGUFReader(str(path)))
 
 
 def field(reader: gguf.GGUFReader, key: str):
