@@ -100,7 +100,10 @@ def bars(values: Named, *, title: str, xlabel: str, ylabel: str) -> Figure:
                       error_kw={"ecolor": "black", "capsize": 3, "zorder": 3})  # fmt: skip
     for bar, hatch in zip(drawn, itertools.cycle(("", "//", "..", "\\\\", "xx")), strict=False):
         bar.set(hatch=hatch, edgecolor="white")
-    axes.bar_label(drawn, [f"{number:.3g}" for number in numbers], padding=4)
+    reach = np.maximum(0, numbers + (0 if spread is None else spread))  # a negative bar's number would hide its name
+    for bar, number, end in zip(drawn, numbers, reach, strict=True):
+        place = (end, bar.get_y() + bar.get_height() / 2)
+        axes.annotate(f"{number:.3g}", place, (4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.12)
     return fig
@@ -161,6 +164,9 @@ def small_multiples(
     fig, grid = figure(title, xlabel, ylabel, panels=len(values), size=(max(6.4, 2.2 * len(values)), 2.8))
     for axes, value in zip(np.atleast_1d(grid), values, strict=True):
         draw(axes, value)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _label(axis)
         axes.set_title(f"{name} = {value}", fontsize=10)
     if len(fig.axes[0].get_legend_handles_labels()[0]) > 1:
         fig.axes[0].legend(fontsize=8, frameon=False)
@@ -248,7 +254,7 @@ def _label(axis) -> None:
 
 def _plain(value: float) -> str:
     """Three digits; powers of ten only where a number would be unreadably long."""
-    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _array(numbers) -> np.ndarray:

@@ -12,7 +12,7 @@ from effkit.zoo.vision import MLP, ResNet
 
 def language_task(vocab: int = 64) -> Task:
     ids = torch.randint(vocab, (1200,), generator=torch.Generator().manual_seed(1))
-    windows = Windows(ids, length=16, size=8, shuffle=True).first(16)
+    windows = Windows(ids, length=16, size=8, shuffle=True).first(15)
     return Task(
         "tokens",
         example=(ids[None, :16],),

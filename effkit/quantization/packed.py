@@ -101,7 +101,25 @@ class QuantizedLinear(nn.Module):
         y = kernels.matvec(x, self.weight_store)
         if y is not None:
             return y if self.bias is None else y + self.bias
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = Unpacked.apply(x, self.weight_store)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight_store().to(x.dtype), self.bias)
+
+
+class Unpacked(torch.autograd.Function):
+    """x W^T that unpacks W once more on the way back; autograd would keep the floats of every layer until then, and
+    training adapters over 4 bits would need as much memory as over floats (as QLoRA does: Dettmers et al. 2023,
+    arXiv:2305.14314, eq. 5)."""
+
+    @staticmethod
+    def forward(ctx, x, store):
+        ctx.store = store
+        return F.linear(x, store().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.store().to(gradient.dtype), None
 
 
 @stored

@@ -58,7 +58,7 @@ class Windows:
 
     def first(self, n: int) -> "Windows":
         """The first n windows."""
-        return replace(self, ids=self.ids[: n * self.length + 1])
+        return replace(self, ids=self.ids[: (n + self.shuffle) * self.length + 1])
 
 
 def stdlib_files() -> list[Path]:

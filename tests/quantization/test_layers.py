@@ -171,3 +171,17 @@ def test_a_module_used_twice_is_quantized_once_and_copies_stay_independent():
     twin = copy.deepcopy(result)
     twin.layers[0].weight_store.scale.zero_()
     assert result.layers[0].weight_store.scale.abs().min() > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_flow_through_packed_weights_and_no_floats_wait_for_them(bits):
+    layer = RTN(bits=bits)(nn.Linear(96, 64))
+    x = torch.randn(5, 7, 96, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        y = layer(x)
+    assert all(n < 96 * 64 for n in kept), "autograd holds the unpacked weight"
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    plain = nn.functional.linear(x, layer.dense_weight(), layer.bias)
+    (wanted,) = torch.autograd.grad(plain.square().sum(), x)
+    assert torch.allclose(y, plain, atol=1e-6) and torch.allclose(found, wanted, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from effkit.zoo import tokens
+from effkit.zoo.data import Windows
 from effkit.zoo.tokens import END, encode, encode_once, shipped_tokenizer
 
 TEXTS = tuple(f"def f{n}(x):\n    return x + {n}\n" for n in range(70))  # more than two batches of encode
@@ -48,3 +49,10 @@ def test_where_nothing_can_be_written_it_works_all_the_same(tmp_path, monkeypatc
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("EFFKIT_CACHE", str(tmp_path / "file"))
     assert torch.equal(encode_once(shipped_tokenizer(), TEXTS), encode(shipped_tokenizer(), TEXTS))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_first_windows_are_as_many_as_asked_for(shuffle):
+    text = Windows(torch.arange(1000), length=10, size=4, shuffle=shuffle)
+    for n in (1, 2, 7):
+        assert sum(len(x) for x, _ in text.first(n)) == n
