@@ -25,9 +25,7 @@ def techniques() -> dict[str, type[Technique]]:
                 if not issubclass(kind, Technique) or kind.__module__ != module.__name__ or not _complete(kind):
                     continue
                 if name in found:
-                    raise ValueError(
-                        f"two techniques are called {name}: {found[name].__module__} and {module.__name__}; rename one"
-                    )
+                    raise ValueError(f"two techniques are called {name}: {found[name].__module__} and {module.__name__}; rename one")
                 found[name] = kind
     return found
 

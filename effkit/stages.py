@@ -20,7 +20,7 @@ STAGES = {
     "tests": "pytest -q --durations=15 --ignore=tests/benchmarks",
     "exercises": "effkit selftest",
     # one kernel after another, because notebooks time things; lax compares only the cells marked NBVAL_CHECK_OUTPUT
-    "notebooks": "pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --timeout=0 notebooks",
+    "notebooks": "pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --timeout=0 notebooks",
     "benchmarks": "pytest -q --benchmark-enable --benchmark-only",
 }
 

@@ -114,9 +114,7 @@ def _check(node: Node) -> None:
     if not isinstance(node.op, torch._ops.OpOverload):
         raise CannotCompile(f"the graph calls {op_name(node.op)}, which is no ATen operator; leave the model eager")
     if node.op._schema.is_mutable:
-        raise CannotCompile(
-            f"{op_name(node.op)} writes into a tensor that the model keeps; make the forward pass pure, or leave the model eager"
-        )
+        raise CannotCompile(f"{op_name(node.op)} writes into a tensor that the model keeps; make the forward pass pure, or leave the model eager")
     if torch.Tag.nondeterministic_seeded in node.op.tags and _argument(node, "dropout_p") != 0:
         raise CannotCompile(f"{op_name(node.op)} draws random numbers in evaluation mode; leave the model eager")
 

@@ -52,9 +52,7 @@ class Compile(Technique):
     def claim(self, model: nn.Module) -> Reading:
         """Operators that one forward pass calls."""
         if not isinstance(model, Compiled):
-            raise ValueError(
-                f"Compile claims something of a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned"
-            )
+            raise ValueError(f"Compile claims something of a compiled model, got a {type(model).__name__}; pass what Compile()(model, task) returned")
         return Reading(len(model.ready().graph.operators), "operators", "counted", better="lower")
 
 

@@ -207,6 +207,4 @@ def _compare(seen: Any, wanted: Any) -> None:
             rtol = TOLERANCE.get(b.dtype, 0.0)
             scale = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() and b.is_floating_point() else 1.0
             if a.shape != b.shape or a.dtype != b.dtype or not torch.allclose(a, b, rtol, rtol * scale, equal_nan=True):
-                raise CannotCompile(
-                    "the graph's outputs differ from the model's on the example: it does something that torch cannot see"
-                )
+                raise CannotCompile("the graph's outputs differ from the model's on the example: it does something that torch cannot see")

@@ -119,9 +119,7 @@ def _make(spec: list) -> nn.Module:
             made.add_module(name, nn.Identity())
         return made
     if kind not in KINDS:
-        raise ValueError(
-            f"no kind of module called {kind!r} in this version of effkit; it knows {', '.join(sorted(KINDS))}"
-        )
+        raise ValueError(f"no kind of module called {kind!r} in this version of effkit; it knows {', '.join(sorted(KINDS))}")
     module = KINDS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in details.items()})
     for name, specs in held.items():
         for parametrization in specs:
@@ -175,9 +173,7 @@ def read_tensors(path: Path, way_out: str = "fetch or make it again") -> tuple[d
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); {way_out}") from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         found = header.get("schema") if isinstance(header, dict) else "no effkit header"
-        raise ValueError(
-            f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save"
-        )
+        raise ValueError(f"{path} has schema {found!r}, and {SCHEMA} is what this version reads; save the model again with effkit.save")
     if header.pop("sha256", None) != _digest(header, tensors):
         raise ValueError(f"{path} was altered or damaged: its SHA-256 does not match; {way_out}")
     return header, tensors

@@ -21,9 +21,7 @@ def require_float(
         inside = value < high if open_high else value <= high  # type: ignore[operator]
     if not inside or value == float("inf"):
         left, right = "(" if open_low else "[", ")" if open_high or high is None else "]"
-        raise ValueError(
-            f"{name} must be a number in {left}{low}, {'inf' if high is None else high}{right}, got {value!r}{_tail(hint)}"
-        )
+        raise ValueError(f"{name} must be a number in {left}{low}, {'inf' if high is None else high}{right}, got {value!r}{_tail(hint)}")
 
 
 def require_choice(name: str, value: object, choices, *, hint: str = "") -> None:

@@ -25,9 +25,7 @@ def from_json(data: object, catalog: Mapping[str, type[Technique]]) -> Technique
     """The technique that a recipe describes. Raises ValueError naming the unknown technique, field, or wrong type."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(
-            f"this recipe has schema {found!r}, and {SCHEMA} is what this version reads; write it again with effkit.save_recipe"
-        )
+        raise ValueError(f"this recipe has schema {found!r}, and {SCHEMA} is what this version reads; write it again with effkit.save_recipe")
     return _decode({key: value for key, value in data.items() if key != "schema"}, catalog)
 
 

@@ -83,9 +83,7 @@ def find(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> 
     chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, layers)]
     if not chosen:
         names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
-        raise ValueError(
-            f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can rewrite; candidates: {names}"
-        )
+        raise ValueError(f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can rewrite; candidates: {names}")
     kept = []
     for path, module in chosen:
         if reason := _must_stay(model, path, module):

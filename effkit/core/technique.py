@@ -73,9 +73,7 @@ class Technique:
         """Raises ValueError when the model lacks a trait that this technique needs."""
         for trait in sorted(self.needs | {EAGER}, key=lambda t: t.name):
             if not trait.holds(model):
-                raise ValueError(
-                    f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it"
-                )
+                raise ValueError(f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it")
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         """Changes the model in place where it can and returns it, or returns another."""
@@ -108,9 +106,7 @@ class Pipeline(Technique):
         object.__setattr__(self, "steps", tuple(self.steps))
         for step in self.steps:
             if not isinstance(step, Technique):
-                raise ValueError(
-                    f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))"
-                )
+                raise ValueError(f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))")
         broken: dict[Trait, Technique] = {}
         for step in self.steps:
             for trait in (step.needs | {EAGER}) & broken.keys():
@@ -157,9 +153,7 @@ def check_weights(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(f"parameter {name} is on the meta device and holds no numbers: load a checkpoint first")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"parameter {name} holds NaN or infinity: only finite weights are allowed; retrain, or clean it with torch.nan_to_num"
-            )
+            raise ValueError(f"parameter {name} holds NaN or infinity: only finite weights are allowed; retrain, or clean it with torch.nan_to_num")
 
 
 def clone(model: nn.Module) -> nn.Module:

@@ -65,9 +65,7 @@ class Int8Linear(nn.Module):
     @classmethod
     def from_float(cls, layer: Any) -> "Int8Linear":
         if layer.in_features > _MOST_INPUTS:
-            raise ValueError(
-                f"a layer of {layer.in_features} inputs could overflow int32; at most {_MOST_INPUTS} are allowed: leave it out with `layers`"
-            )
+            raise ValueError(f"a layer of {layer.in_features} inputs could overflow int32; at most {_MOST_INPUTS} are allowed: leave it out with `layers`")
         new = cls(layer.in_features, layer.out_features, layer.bias is not None)
         codes, scale = to_int8(layer.weight.detach())
         new.codes, new.scale, new.bias = codes, scale.t().contiguous(), layer.bias

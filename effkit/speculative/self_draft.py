@@ -40,9 +40,7 @@ class EarlyExit(Technique):
         blocks, config = getattr(model, "blocks", None), getattr(model, "config", None)
         if not (isinstance(blocks, nn.ModuleList) and is_dataclass(config) and hasattr(config, "layers")):
             kind = type(model).__name__
-            raise ValueError(
-                f"EarlyExit needs a decoder with `blocks` and `config.layers`, as GPT has; {kind} has none"
-            )
+            raise ValueError(f"EarlyExit needs a decoder with `blocks` and `config.layers`, as GPT has; {kind} has none")
         kept = max(1, round(self.depth * len(blocks)))
         note(model, "blocks", f"{len(blocks)} -> {kept}", "EarlyExit")
         model.blocks, model.config = blocks[:kept], replace(config, layers=kept)  # type: ignore[type-var, assignment]

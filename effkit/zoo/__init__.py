@@ -35,9 +35,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Task
         raise ValueError(f"no model {name!r}; there are {', '.join(names())}")
     path = data_dir() / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: run from a checkout of effkit, set EFFKIT_DATA to its data folder, or make it: effkit train {name}"
-        )
+        raise FileNotFoundError(f"{path} is missing: run from a checkout of effkit, set EFFKIT_DATA to its data folder, or make it: effkit train {name}")
     return load_file(path).to(dtype), _TASKS[name]()
 
 
@@ -49,9 +47,7 @@ def tokenizer(name: str):
 def smollm2_path() -> Path:
     path = where("smollm2")
     if path is None:
-        raise FileNotFoundError(
-            "smollm2 has not been fetched: run `effkit fetch smollm2` (98 MB) where there is a network"
-        )
+        raise FileNotFoundError("smollm2 has not been fetched: run `effkit fetch smollm2` (98 MB) where there is a network")
     return path
 
 

@@ -32,7 +32,7 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[GPT
     reader = gguf.GGUFReader(str(path))
     if (kind := field(reader, "general.architecture")) != "llama":
         raise ValueError(f"{path} holds the architecture {kind!r}; only 'llama' is read here")
-    weights = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type)).to(dtype, copy=True) for t in reader.tensors}
+    weights = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)).to(dtype) for t in reader.tensors}
     with torch.device("meta"):
         sizes = {ours: field(reader, f"llama.{theirs}") for ours, theirs in _FIELDS.items()}
         model = GPT(vocab_size=len(weights["token_embd.weight"]), tied="output.weight" not in weights, **sizes)

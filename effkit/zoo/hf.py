@@ -74,6 +74,4 @@ def _refuse(config) -> None:
     }
     for name, (value, allowed) in problems.items():
         if value != allowed:
-            raise ValueError(
-                f"{name} is {value!r}, and GPT computes only {allowed!r}: choose a Llama-family checkpoint without it"
-            )
+            raise ValueError(f"{name} is {value!r}, and GPT computes only {allowed!r}: choose a Llama-family checkpoint without it")

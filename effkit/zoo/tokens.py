@@ -22,9 +22,7 @@ END = "<|end|>"  # between files
 def shipped_tokenizer() -> Tokenizer:
     path = data_dir() / "tokenizer.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: run from a checkout of effkit, or set EFFKIT_DATA to its data folder"
-        )
+        raise FileNotFoundError(f"{path} is missing: run from a checkout of effkit, or set EFFKIT_DATA to its data folder")
     return Tokenizer.from_file(str(path))
 
 
