@@ -166,7 +166,7 @@ def small_multiples(
         draw(axes, value)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
-                _label(axis)
+                _label(axis, most=4)  # narrow panels
         axes.set_title(f"{name} = {value}", fontsize=10)
     if len(fig.axes[0].get_legend_handles_labels()[0]) > 1:
         fig.axes[0].legend(fontsize=8, frameon=False)
@@ -242,19 +242,20 @@ def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
     axes.legend(frameon=False, **place)
 
 
-def _label(axis) -> None:
+def _label(axis, most: int = 12) -> None:
     """Numbers as people write them, on as many ticks of a logarithmic axis as there is room for."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     digits = range(1, 10) if decades < 0.6 else (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.6 else (1,)
-    axis.set_major_locator(LogLocator(subs=tuple(digits), numticks=12))
+    axis.set_major_locator(LogLocator(subs=tuple(digits), numticks=most))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _plain(value: float) -> str:
-    """Three digits; powers of ten only where a number would be unreadably long."""
-    return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
+    """Three digits, thousands and millions by their letters."""
+    scale, letter = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k") if abs(value) >= 1e4 else (1.0, "")
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e4 else f"{value / scale:.3g}{letter}"
 
 
 def _array(numbers) -> np.ndarray:
