@@ -33,9 +33,7 @@ def doctor() -> None:
 
     findings = examine()
     for found in findings:
-        state, colour = (
-            ("ok", "green") if not found.remedy else ("LACKS", "red") if found.required else ("could", "yellow")
-        )
+        state, colour = (("ok", "green") if not found.remedy else ("LACKS", "red") if found.required else ("could", "yellow"))
         typer.echo(f"{typer.style(f'{state:5}', fg=colour)} {found.subject:16} {found.seen}")
         if found.remedy:
             typer.echo(f"{'':22} -> {found.remedy}")

@@ -34,6 +34,4 @@ def bibliography() -> list[str]:
         paper = kind.paper
         if paper.identifier:  # ours have none
             users.setdefault((paper.authors, paper.year, paper.title, paper.identifier), []).append(name)
-    return [
-        f"{a} ({year}). {title}. {where}. [{', '.join(by)}]" for (a, year, title, where), by in sorted(users.items())
-    ]
+    return [f"{a} ({year}). {title}. {where}. [{', '.join(by)}]" for (a, year, title, where), by in sorted(users.items())]

@@ -36,9 +36,7 @@ def to_c(graph: Graph) -> str:
     by_rows = any(line.row for line in lines)
     sizes, strides = _loops(result, [node.type for node in reads], keep_last=by_rows)
     c = C_TYPES[result.dtype]
-    parameters = ", ".join(
-        [*(f"const real *restrict {node.name}_" for node in reads), "real *restrict out_", "int threads"]
-    )
+    parameters = ", ".join([*(f"const real *restrict {node.name}_" for node in reads), "real *restrict out_", "int threads"])
     chunked = len(sizes) == 1 and sizes[0] > CHUNK and not by_rows
     body = _body(lines, [node.name for node in reads], sizes, strides, graph.outputs[0].name, chunked)
     for name in _FUNCTIONS:
@@ -76,9 +74,7 @@ def _body(
     *outer, width = sizes
     count = -(-width // CHUNK) if chunked else math.prod(outer)
     names = [*reads, "out"]
-    text = (
-        f"#pragma omp parallel for num_threads(threads) schedule(static) if ({math.prod(sizes)} >= {WORTH_THREADS})\n"
-    )
+    text = (f"#pragma omp parallel for num_threads(threads) schedule(static) if ({math.prod(sizes)} >= {WORTH_THREADS})\n")
     text += f"  for (long r = 0; r < {count}; r++) {{\n"
     if chunked:
         text += f"    const long width = r == {count - 1} ? {width - (count - 1) * CHUNK} : {CHUNK};\n"

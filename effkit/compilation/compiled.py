@@ -162,9 +162,7 @@ class Compiled(nn.Module):
     def ready(self) -> Executor:
         """The executor; where none is there yet, as after loading a file, it is built on inputs of zeros."""
         if self.executor is None:
-            self.build(
-                tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=d) for shape, dtype, d in self.signature)
-            )
+            self.build(tuple(torch.zeros(shape, dtype=getattr(torch, dtype), device=d) for shape, dtype, d in self.signature))
         return cast(Executor, self.executor)
 
     def __getstate__(self) -> dict:

@@ -34,9 +34,7 @@ def _power(x: str, p: str) -> str:
 
 def _gelu(x: str, approximate: str = "none") -> str:
     if approximate == "tanh":
-        return (
-            f"((real)0.5 * {x} * ((real)1 + TANH((real)0.7978845608028654 * ({x} + (real)0.044715 * {x} * {x} * {x}))))"
-        )
+        return (f"((real)0.5 * {x} * ((real)1 + TANH((real)0.7978845608028654 * ({x} + (real)0.044715 * {x} * {x} * {x}))))")
     return f"((real)0.5 * {x} * ((real)1 + ERF({x} * (real)0.7071067811865476)))"
 
 

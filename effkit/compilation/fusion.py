@@ -147,6 +147,4 @@ class Kernel:
 def _replaced(graph: Graph, group: tuple[Node, ...], kernel: Kernel) -> Graph:
     inside, last = {node.name for node in group}, group[-1]
     call = Node(last.name, kernel, tuple(map(Ref, kernel.reads)), type=last.type)
-    return graph.rebuilt(
-        [call if node is last else node for node in graph.nodes if node is last or node.name not in inside]
-    )
+    return graph.rebuilt([call if node is last else node for node in graph.nodes if node is last or node.name not in inside])

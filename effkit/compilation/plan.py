@@ -67,9 +67,7 @@ def lifetimes(graph: Graph) -> list[Buffer]:
             last[owner] = i
     for owner in {graph.root(name) for name in refs(graph.outputs)} & first.keys():
         last[owner] = len(graph.nodes)
-    return [
-        Buffer(name, nbytes(graph[name].type), first[name], last[name]) for name in first if nbytes(graph[name].type)
-    ]
+    return [Buffer(name, nbytes(graph[name].type), first[name], last[name]) for name in first if nbytes(graph[name].type)]
 
 
 def most_alive(buffers: Sequence[Buffer]) -> int:

@@ -47,9 +47,7 @@ class Trait:
 
 
 #: what every technique needs: rewriting layers whose graph has already been compiled would change nothing that runs
-EAGER = Trait(
-    "an eager model", lambda model: not any(getattr(module, "runs_a_graph", False) for module in model.modules())
-)
+EAGER = Trait("an eager model", lambda model: not any(getattr(module, "runs_a_graph", False) for module in model.modules()))
 
 
 class Technique:

@@ -11,9 +11,7 @@ __all__ = ["DECODER", "EAGER", "FLOAT_WEIGHTS", "UNMASKED"]
 
 def _float_weights(model: nn.Module) -> bool:
     """Every linear or convolution layer holds its weight as floating-point numbers that can be trained."""
-    layers = [
-        m for m in model.modules() if is_linear_like(m) or hasattr(m, "kernel_size") and hasattr(m, "out_channels")
-    ]
+    layers = [m for m in model.modules() if is_linear_like(m) or hasattr(m, "kernel_size") and hasattr(m, "out_channels")]
     holders = [m for m in layers if not any(is_linear_like(child) for child in m.children())]
     return all(isinstance(getattr(m, "weight", None), Tensor) and m.weight.is_floating_point() for m in holders)  # type: ignore[operator]
 

@@ -167,9 +167,7 @@ class RTN(Technique):
                   "arXiv:1712.05877", "eq. 1")  # fmt: skip
 
     def __post_init__(self):
-        require_int(
-            "bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16"
-        )
+        require_int("bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16")
         require_int("group_size", self.group_size, -1, hint="-1 is a whole row, 0 the whole tensor")
         require_choice("search", self.search, tuple(OBSERVERS))
 

@@ -76,9 +76,7 @@ class QAT(Technique):
         task.require("train", "loss", by=self)
         trained = [bake(layer) for _, layer in find(model, (nn.Linear, nn.Conv2d), layers=self.layers, by="QAT")]
         for layer in trained:
-            parametrize.register_parametrization(
-                layer, "weight", FakeQuantize(self.bits, self.group_size, self.symmetric)
-            )
+            parametrize.register_parametrization(layer, "weight", FakeQuantize(self.bits, self.group_size, self.symmetric))
         fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label="QAT")  # type: ignore[arg-type]
         for layer in trained:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)

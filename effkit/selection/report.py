@@ -55,7 +55,5 @@ def run(model: str, limits: Constraints, study: str, **options) -> tuple[Selecti
 
 def digest(limits: Constraints, options: Mapping[str, object]) -> str:
     """Names a search by its settings, so that the same call goes on and another one begins anew."""
-    said = repr(
-        (limits, sorted((key, repr(value)) for key, value in options.items() if key not in ("trials", "prefer")))
-    )
+    said = repr((limits, sorted((key, repr(value)) for key, value in options.items() if key not in ("trials", "prefer"))))
     return hashlib.sha256(said.encode()).hexdigest()[:8]

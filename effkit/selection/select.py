@@ -98,9 +98,7 @@ class Selection:
 
     def _least(self, tried: Sequence[Candidate]) -> str:
         """Of each limit by itself, the least that it is missed by, the nearest to being met first."""
-        least = {
-            name: min((self._misses(c)[name], label(c.technique)) for c in tried) for name in self._misses(tried[0])
-        }
+        least = {name: min((self._misses(c)[name], label(c.technique)) for c in tried) for name in self._misses(tried[0])}
         said = (
             f"{name} is {f'missed by {miss:.1%}' if miss > 0 else 'kept'} at best, by {who}"
             for name, (miss, who) in sorted(least.items(), key=lambda item: item[1])
@@ -157,9 +155,7 @@ def select(
     require_float("screen", screen, 0.0, 1.0, open_low=True)
     timed = constraints.max_latency is not None or prefer == "latency"
     evaluate = Evaluate(model, task, work or _work(model), constraints, timed, screen)
-    bound, unfit = fitting(
-        (space if isinstance(space, Space) else Space(space) if space else default_space()), evaluate
-    )
+    bound, unfit = fitting((space if isinstance(space, Space) else Space(space) if space else default_space()), evaluate)
     path = Path(storage) if storage else None
     search = Search(bound, evaluate, task.score, constraints, timed, sampler, seed, path, study, fingerprint(model))
     found = Selection(constraints, task.score, search.run(trials), unfit=unfit)
@@ -207,9 +203,7 @@ def _on_test(technique: Technique, evaluate: Evaluate) -> Table:
     task, scored = evaluate.task, evaluate.task.test is not None
     small = technique(evaluate.model, replace(task, test=None))
     models = {"unchanged": evaluate.model, label(technique): small}
-    return compare(
-        models, task, evaluate.work, quality=scored, budget_s=evaluate.budget_s, title="measured again, on test"
-    )
+    return compare(models, task, evaluate.work, quality=scored, budget_s=evaluate.budget_s, title="measured again, on test")
 
 
 def _rank(candidate: Candidate, score: Score, prefer: str) -> tuple[float, ...]:

@@ -47,9 +47,7 @@ class Machine:
     def __post_init__(self):
         require_float("kg", self.kg, 0.0)
         require_float("years", self.years, 0.0, open_low=True)
-        require_float(
-            "utilization", self.utilization, 0.0, 1.0, open_low=True, hint="the fraction of its life it is busy"
-        )
+        require_float("utilization", self.utilization, 0.0, 1.0, open_low=True, hint="the fraction of its life it is busy")
 
 
 @dataclass(frozen=True)

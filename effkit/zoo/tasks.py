@@ -46,9 +46,7 @@ def language(
 
     streams   train, calib, val, test -> token ids; a missing one leaves its field empty
     """
-    windows = {
-        key: Windows(ids, length=length, size=size, shuffle=key in ("train", "calib")) for key, ids in streams.items()
-    }
+    windows = {key: Windows(ids, length=length, size=size, shuffle=key in ("train", "calib")) for key, ids in streams.items()}
     return Task(
         name,
         example=(streams["val"][None, :64],),
