@@ -191,8 +191,8 @@ def pareto(points: Named, *, title: str, xlabel: str, ylabel: str, lower_x=True,
         px, py = _values(point)
         axes.plot(px, py, "o", color=COLOURS[0] if name in best else GREY, fillstyle="full" if name in best else "none")
         axes.annotate("" if name[0] == "_" else name, (px, py), (5, 4), textcoords="offset points", fontsize=9)
-    axes.set_xscale("log" if logx else "linear")
     axes.margins(0.15)
+    _scale(axes, logx, False)
     return fig
 
 
@@ -236,10 +236,14 @@ def _styles() -> Iterator[dict]:
 
 
 def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
+    _scale(axes, logx, logy)
+    axes.legend(frameon=False, **place)
+
+
+def _scale(axes: Axes, logx: bool, logy: bool) -> None:
     for name in ("x",) * logx + ("y",) * logy:
         axes.set(**{f"{name}scale": "log"})
         _label(getattr(axes, f"{name}axis"))
-    axes.legend(frameon=False, **place)
 
 
 def _label(axis, most: int = 12) -> None:
