@@ -10,7 +10,6 @@ Source    Hassibi & Stork 1993, Second order derivatives for network pruning, NI
           error is 2 G); Frantar & Alistarh 2022, arXiv:2208.11580, eq. 2.
 """
 
-import fnmatch
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effkit.core.surgery import is_linear_like
+from effkit.core.surgery import is_linear_like, matching
 from effkit.core.task import Task
 from effkit.core.technique import evaluating
 
@@ -71,7 +70,8 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
     """
     if task.calib is None:
         raise ValueError("gather reads task.calib, which this task lacks; pass Task(calib=...)")
-    watched = {path: _Running(layer, dtype) for path, layer in _linear_layers(model, layers)}
+    # reading needs no permission: tied layers, which `find` would leave alone, are watched as well
+    watched = {path: _Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
     batches = 0
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for seen in watched.values():
@@ -110,13 +110,3 @@ class _Running:
             how = "look for NaN and infinity in data and weights, or pass dtype=torch.float64"
             raise ValueError(f"layer {path or '(the model)'} sees inputs whose squares are not finite: {how}")
         return result
-
-
-def _linear_layers(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
-    """Reading needs no permission: tied layers, which `find` would leave alone, are watched as well."""
-    candidates = [(path, module) for path, module in model.named_modules() if is_linear_like(module)]
-    chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, pattern)]
-    if not chosen:
-        names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
-        raise ValueError(f"gather: the pattern {pattern!r} matches no linear layer; candidates: {names}")
-    return chosen

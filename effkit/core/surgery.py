@@ -78,29 +78,34 @@ def find(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> 
     match    a type, types, or predicate; layers   a glob pattern over paths, "*" for all.
     Raises ValueError listing the candidates when the pattern matches none, or when the model has none.
     """
-    wanted = match if callable(match) and not isinstance(match, type) else lambda m: isinstance(m, match)
-    candidates = [(path, module) for path, module in model.named_modules() if wanted(module)]
-    chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, layers)]
-    if not chosen:
-        names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
-        raise ValueError(f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can rewrite; candidates: {names}")
     kept = []
+    chosen = matching(model, match, layers=layers, by=by)
     for path, module in chosen:
         if reason := _must_stay(model, path, module):
             note(model, path, "left alone", reason)
         else:
             kept.append((path, module))
     if not kept:
-        raise ValueError(
-            f"{by or 'the technique'}: every layer that matches {layers!r} must be left alone: "
-            + "; ".join(map(str, log(model)[-len(chosen) :]))
-        )
+        why = "; ".join(map(str, log(model)[-len(chosen) :]))
+        raise ValueError(f"{by or 'the technique'}: every layer that matches {layers!r} must be left alone: {why}")
     return kept
+
+
+def matching(model: nn.Module, match: Match, *, layers: str = "*", by: str = "") -> list[tuple[str, nn.Module]]:
+    """The layers that a technique may read, those that must stay included. Raises ValueError listing the candidates."""
+    wanted = match if callable(match) and not isinstance(match, type) else lambda m: isinstance(m, match)
+    candidates = [(path, module) for path, module in model.named_modules() if wanted(module)]
+    chosen = [(path, module) for path, module in candidates if fnmatch.fnmatchcase(path, layers)]
+    if not chosen:
+        names = ", ".join(path or "(the model)" for path, _ in candidates) or "none at all"
+        raise ValueError(f"{by or 'the technique'}: the pattern {layers!r} matches no layer it can take; candidates: {names}")
+    return chosen
 
 
 def _must_stay(model: nn.Module, path: str, module: nn.Module) -> str:
     """Why a layer may not be rewritten, or nothing."""
-    if any(isinstance(model.get_submodule(up), OPAQUE) for up in _ancestors(path)):
+    parts = path.split(".") if path else []
+    if any(isinstance(model.get_submodule(".".join(parts[:i])), OPAQUE) for i in range(len(parts))):
         return "its parent reads its weight without calling it"
     if any(p.numel() == 0 for p in module.parameters()):
         return "it has zero elements"
@@ -110,11 +115,6 @@ def _must_stay(model: nn.Module, path: str, module: nn.Module) -> str:
         if id(other) not in inside and mine & {id(p) for p in other.parameters(recurse=False)}:
             return f"its weight is tied to {other_path or 'the model'}: one tensor serves both"
     return ""
-
-
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".") if path else []
-    return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def swap(

@@ -10,17 +10,21 @@ from effkit.zoo.tokens import encode, shipped_tokenizer
 from effkit.zoo.vision import MLP, ResNet
 
 
-def stdlib_training() -> Task:
+def stdlib_training(length: int, seed: int) -> Task:
     """The training modules twice an epoch, for they are what is scored, and the `test` package once: with the modules
     alone (3 M tokens for 4.7 M parameters) the model learned them by heart."""
     modules = stdlib_text("train")
     ids = encode(shipped_tokenizer(), (*modules, *stdlib_tests(), *modules))
-    return Task("stdlib", train=Windows(ids, length=256, size=16, shuffle=True))  # type: ignore[arg-type]
+    return Task("stdlib", train=Windows(ids, length=length, size=4096 // length, shuffle=True, seed=seed))  # type: ignore[arg-type]
 
 
 def mnist_training(jitter: bool) -> Task:
     kind = Jittered if jitter else Batches
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
+
+
+def gpt_small() -> GPT:
+    return GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024)
 
 
 RECIPES = {
@@ -39,10 +43,16 @@ RECIPES = {
         task=lambda: mnist_training(jitter=True),
         schedule=Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05),
     ),
-    "gpt-small": Recipe(
-        build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
-        task=stdlib_training,
-        schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
+    "gpt-small": Recipe(  # short windows while everything is still to be learned, then the whole context
+        build=gpt_small,
+        task=lambda: stdlib_training(1024, seed=1),
+        schedule=Schedule(steps=2400, lr=1.5e-3, warmup=100, weight_decay=0.1, autocast=True),
         loss=compiled_language_loss,
+        first=Recipe(
+            build=gpt_small,
+            task=lambda: stdlib_training(256, seed=0),
+            schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
+            loss=compiled_language_loss,
+        ),
     ),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from effkit.core.checkpoint import save
+from effkit.core.checkpoint import load, save
 from effkit.core.paths import data_dir
 from effkit.core.task import Task
 from effkit.core.technique import kept_random_state
@@ -34,6 +34,7 @@ class Recipe:
     loss: Callable[[nn.Module], Loss] | None = None  # made once the model stands: compilation, augmentation
     seed: int = 0
     save_every: int = 200  # steps that an interruption may cost
+    first: "Recipe | None" = None  # the run whose checkpoint, in bfloat16, this one goes on from
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,17 @@ def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | N
     begun = time.time()
     state = state or Path("results") / "train" / f"{name}.safetensors"
     path = out or data_dir() / f"{name}.safetensors"
+    before = state.with_name(f"{name}-first.safetensors")
+    if recipe.first and not before.exists():
+        train(f"{name}-first", recipe.first, out=before, state=state.with_name(f"{name}-first-state.safetensors"))
     with kept_random_state():
         torch.manual_seed(recipe.seed)
-        model, task = recipe.build(), recipe.task()
+        model, task = load(before).float() if recipe.first else recipe.build(), recipe.task()
         loss = recipe.loss(model) if recipe.loss else None
         curve = fit(model, task, recipe.schedule, loss=loss, resume=state, save_every=recipe.save_every, label=name)
     save(model.to(torch.bfloat16).eval(), path)
-    state.unlink(missing_ok=True)
+    for done in (state, before):
+        done.unlink(missing_ok=True)
     return Trained(path, curve, time.time() - begun)
 
 

@@ -7,6 +7,7 @@ GPT pairs i with i + d/2, so each head's rows are put back.
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from gguf.quants import dequantize
 from jaxtyping import Float
@@ -24,17 +25,20 @@ _FIELDS = {
     "kv_heads": "attention.head_count_kv", "d_ff": "feed_forward_length", "rope_theta": "rope.freq_base",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
+ROWS = 4096
 
 
 def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer; no more than one tensor is ever held in float32 beside it. Raises ValueError for another
+    """Model and tokenizer; no more than a few rows are ever held in float32 beside it. Raises ValueError for another
     architecture."""
     reader = gguf.GGUFReader(str(path))
     if (kind := field(reader, "general.architecture")) != "llama":
         raise ValueError(f"{path} holds the architecture {kind!r}; only 'llama' is read here")
-    weights = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)).to(dtype) for t in reader.tensors}
+    sizes = {ours: field(reader, f"llama.{theirs}") for ours, theirs in _FIELDS.items()}
+    coder = tokenizer(reader)
+    reader.fields.clear()  # a hundred megabytes: every token of the vocabulary is an array
+    weights = {t.name: floats(t, dtype) for t in reader.tensors}
     with torch.device("meta"):
-        sizes = {ours: field(reader, f"llama.{theirs}") for ours, theirs in _FIELDS.items()}
         model = GPT(vocab_size=len(weights["token_embd.weight"]), tied="output.weight" not in weights, **sizes)
     state = {}
     for name, tensor in weights.items():
@@ -42,7 +46,7 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[GPT
         tensor = half_layout(tensor, sizes["kv_heads"]) if "attn_k.weight" in name else tensor
         state[our_name(name)] = tensor
     model.load_state_dict(state, assign=True)
-    return model.eval(), tokenizer(reader)
+    return model.eval(), coder
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -55,6 +59,12 @@ def field(reader: gguf.GGUFReader, key: str):
     if key not in reader.fields:
         raise ValueError(f"the GGUF file has no field {key}: it is damaged, or not a language model")
     return reader.fields[key].contents()
+
+
+def floats(stored: gguf.ReaderTensor, dtype: torch.dtype) -> Tensor:
+    """A stored tensor as numbers, some rows at a time: the package dequantizes through several copies in float32."""
+    rows = [stored.data] if stored.data.ndim < 2 else np.array_split(stored.data, -(-len(stored.data) // ROWS))
+    return torch.cat([torch.tensor(dequantize(part, stored.tensor_type)).to(dtype) for part in rows])
 
 
 def our_name(name: str) -> str:
