@@ -1,5 +1,7 @@
 """The shipped checkpoints, one entry each."""
 
+from dataclasses import replace
+
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule
 from effkit.studies.train import Recipe, compiled_language_loss
@@ -23,10 +25,12 @@ def mnist_training(jitter: bool) -> Task:
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
 
 
-def gpt_small() -> GPT:
-    return GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024)
-
-
+SHORT = Recipe(
+    build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
+    task=lambda: stdlib_training(length=256, seed=0),
+    schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
+    loss=compiled_language_loss,
+)
 RECIPES = {
     "mlp": Recipe(
         build=lambda: MLP((784, 800, 800, 10)),
@@ -43,16 +47,10 @@ RECIPES = {
         task=lambda: mnist_training(jitter=True),
         schedule=Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05),
     ),
-    "gpt-small": Recipe(  # short windows while everything is still to be learned, then the whole context
-        build=gpt_small,
-        task=lambda: stdlib_training(1024, seed=1),
-        schedule=Schedule(steps=2400, lr=1.5e-3, warmup=100, weight_decay=0.1, autocast=True),
-        loss=compiled_language_loss,
-        first=Recipe(
-            build=gpt_small,
-            task=lambda: stdlib_training(256, seed=0),
-            schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
-            loss=compiled_language_loss,
-        ),
+    "gpt-small": replace(  # short windows while everything is still to be learned, then the whole context
+        SHORT,
+        first=SHORT,
+        task=lambda: stdlib_training(length=1024, seed=1),
+        schedule=replace(SHORT.schedule, steps=2400, lr=1.5e-3),
     ),
 }

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from effkit.core import paths, training
+from effkit.core.checkpoint import load
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule, fit
 from effkit.studies import train as studies
@@ -299,6 +301,28 @@ def test_a_checkpoint_is_made_through_kill_9_with_the_same_curve(tmp_path):
 
 def recipe() -> studies.Recipe:
     return studies.Recipe(toy_model, toy_task, SCHEDULE, save_every=3)
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_an_earlier_one_through_ctrl_c(tmp_path):
+    earlier = studies.train("toy", recipe(), out=tmp_path / "earlier.safetensors", state=tmp_path / "state")
+    model = load(earlier.path).float()
+    wanted = fit(model, toy_task(), SCHEDULE)
+    steps = iter(range(100))
+
+    def impatient(model, batch):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return classification_loss(model(batch[0]), batch)
+
+    files = dict(out=tmp_path / "toy.safetensors", state=tmp_path / "run" / "state")
+    longer = replace(recipe(), first=recipe())
+    with pytest.raises(KeyboardInterrupt):
+        studies.train("toy", replace(longer, loss=lambda model: impatient), **files)
+    unwanted = replace(longer, first=replace(recipe(), build=lambda: pytest.fail("the first run is done")))
+    made = studies.train("toy", unwanted, **files)
+    assert made.curve == wanted
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(load(made.path).parameters(), model.parameters(), strict=True))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_training_a_checkpoint_keeps_the_random_state(tmp_path):
