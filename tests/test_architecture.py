@@ -35,7 +35,7 @@ MAY_IMPORT = {
 #: pure tensor functions that one chapter takes from another: (from, to)
 BORROWED: set[tuple[str, str]] = set()
 #: lines of code (docstrings, comments and blank lines are the book around them)
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_THE_LIBRARY = 250, 40, 7_840
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_THE_LIBRARY = 250, 40, 7_700
 
 
 def layer(path: Path) -> str:

@@ -6,13 +6,11 @@ kv     Recompute, the baseline; Preallocated, a cache that is written in place
 
 from effkit.caching.kv import Preallocated, Recompute
 from effkit.core.showcase import Exhibit, Showcase
+from effkit.core.technique import Identity
 
 __all__ = ["SHOWCASE", "Preallocated", "Recompute"]
 
 SHOWCASE = Showcase(
     "caching",
-    (
-        Exhibit("gpt-small", Preallocated, work="decode", baseline=Recompute),
-        Exhibit("gpt-small", Preallocated, work="decode"),
-    ),
+    tuple(Exhibit("gpt-small", Preallocated, work="decode", baseline=before) for before in (Recompute, Identity)),
 )

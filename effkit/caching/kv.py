@@ -92,8 +92,8 @@ class Preallocated(Technique):
     """The decoder keeps keys and values in buffers that are reserved once and written in place."""
 
     needs = frozenset({DECODER})
-    paper = Paper(
-                  "Shazeer", 2019, "Fast transformer decoding: one write-head is all you need", "arXiv:1911.02150", "section 2.4")  # fmt: skip
+    paper = Paper("Shazeer", 2019, "Fast transformer decoding: one write-head is all you need",
+                  "arXiv:1911.02150", "section 2.4")  # fmt: skip
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         return set_kv(model, Preallocating(), by="Preallocated")
@@ -126,7 +126,6 @@ def set_kv(model: nn.Module, kv: nn.Module, *, by: str) -> nn.Module:
 def held_per_token(model: nn.Module, tokens: int = 4) -> Reading:
     """Bytes that the decoder's own cache holds for each token of a text, counted on one that was filled."""
     cache = model.new_cache(capacity=tokens)  # type: ignore[operator]
-    device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
-        model(torch.zeros(1, tokens, dtype=torch.long, device=device), cache)
+        model(torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device), cache)
     return Reading(cache.nbytes() / tokens, "B per token", "counted", better="lower")

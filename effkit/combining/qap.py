@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from effkit.core.checks import require_float, require_int
+from effkit.core.checks import require_float
 from effkit.core.report import Reading
-from effkit.core.surgery import bake, find
-from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique
-from effkit.core.training import Schedule, fit
-from effkit.core.traits import FLOAT_WEIGHTS
+from effkit.core.surgery import bake
+from effkit.core.technique import Paper
 from effkit.pruning.masks import keep_largest, mask_, mask_of
-from effkit.quantization.packed import RTN, PackedWeight
-from effkit.quantization.qat import FakeQuantize
+from effkit.quantization.packed import PackedWeight
+from effkit.quantization.qat import QAT, FakeQuantize
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -48,44 +45,27 @@ def masked(layer: Layer) -> Layer:
 
 
 @dataclass(frozen=True)
-class QAP(Technique):
-    """Mask the smallest weights of each layer, train with the others rounded, then pack: `epochs` over task.train."""
+class QAP(QAT):
+    """Mask the smallest weights of each layer, train with the others rounded, then pack; settings as QAT's.
+
+    sparsity   the share of each layer's weights that goes"""
 
     sparsity: float = 0.5
-    bits: int = 4
-    group_size: int = 32
-    symmetric: bool = False
-    epochs: int = 1
-    lr: float = 1e-3
-    layers: str = "*"
 
-    needs = frozenset({FLOAT_WEIGHTS})
-    breaks = frozenset({FLOAT_WEIGHTS})
-    paper = Paper(
-        "Hawks et al.", 2021,
-        "Ps and Qs: quantization-aware pruning for efficient low latency neural network inference", "arXiv:2102.11289",
-    )  # fmt: skip
+    paper = Paper("Hawks et al.", 2021,
+                  "Ps and Qs: quantization-aware pruning for efficient low latency neural network inference",
+                  "arXiv:2102.11289")  # fmt: skip
 
     def __post_init__(self):
-        self.rounding()
+        super().__post_init__()
         require_float("sparsity", self.sparsity, 0.0, 1.0, open_high=True)
-        require_int("epochs", self.epochs, 1)
-        require_float("lr", self.lr, 0.0, open_low=True)
 
-    def rounding(self) -> RTN:
-        """What packs the trained weights, on the very grid that they were trained on."""
-        return RTN(self.bits, self.group_size, self.symmetric, layers=self.layers)
+    def begin(self, layer: nn.Module) -> None:
+        grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        masked_and_rounded(layer, sparsity=self.sparsity, **grid)  # type: ignore[arg-type]
 
-    def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        task.require("train", "loss", by=self)
-        settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        layers = [layer for _, layer in find(model, (nn.Linear, nn.Conv2d), layers=self.layers, by="QAP")]
-        for layer in layers:
-            masked_and_rounded(layer, sparsity=self.sparsity, **settings)  # type: ignore[arg-type]
-        fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label="QAP")  # type: ignore[arg-type]
-        for layer in layers:
-            masked(layer)  # type: ignore[arg-type]
-        return self.rounding().rewrite_(model, task)
+    def end(self, layer: nn.Module) -> None:
+        masked(layer)  # type: ignore[arg-type]
 
     def claim(self, model: nn.Module) -> Reading:
         """The share of the packed weights that are zero, counted on what they stand for."""

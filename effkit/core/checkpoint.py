@@ -10,6 +10,7 @@ Left out  Models whose class is foreign: their owner passes `base`, an instance 
 import hashlib
 import inspect
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -180,11 +181,20 @@ def read_tensors(path: Path, way_out: str = "fetch or make it again") -> tuple[d
 
 
 def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    return _sha256(json.dumps(header, sort_keys=True).encode(), sorted(tensors.items()))
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> str:
+    """SHA-256 over all tensors of the modules, in order: whether these are the very weights that something was made for."""
+    return _sha256(b"", (item for module in modules for item in module.state_dict().items()))
+
+
+def _sha256(start: bytes, named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(start)
+    for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(content.view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from effkit.core.checks import require_choice, require_float, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import is_linear_like, note
 from effkit.core.task import Batch, Task
-from effkit.core.technique import Identity, Paper, Technique, Trait, kept_random_state
+from effkit.core.technique import Identity, Paper, Technique, kept_random_state
 from effkit.core.training import Loss, Schedule, fit
 from effkit.distillation.losses import DIVERGENCES, composite, soft_loss
 
@@ -54,11 +54,9 @@ def check_logits(student: object, teacher: object) -> None:
 def check_trainable(student: nn.Module, made_by: Technique) -> None:
     """Raises ValueError where no linear or convolution weight of the student can learn."""
     layers = [m for m in student.modules() if is_linear_like(m) or isinstance(m, nn.modules.conv._ConvNd)]
-    matrices = (p for layer in layers for p in layer.parameters() if p.dim() > 1)
-    if not any(p.requires_grad for p in matrices):
-        why = "its weights are packed or frozen"
+    if not any(p.requires_grad and p.dim() > 1 for layer in layers for p in layer.parameters()):
         how = "distil first and quantize the student, Pipeline((Distill(...), RTN(...))), or unfreeze the teacher"
-        raise ValueError(f"Distill: the student that {made_by!r} makes cannot be trained, {why}; {how}")
+        raise ValueError(f"Distill: student {made_by!r} cannot be trained, its weights are packed or frozen; {how}")
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,9 @@ class Distill(Technique):
         require_choice("divergence", self.divergence, tuple(DIVERGENCES))
         require_int("seed", self.seed, 0)
 
-    @property
-    def needs(self) -> frozenset[Trait]:  # type: ignore[override]
-        return self.student.needs
-
-    @property
-    def breaks(self) -> frozenset[Trait]:  # type: ignore[override]
-        return self.student.breaks
-
-    @property
-    def gives(self) -> frozenset[Trait]:  # type: ignore[override]
-        return self.student.gives
+    needs = property(lambda self: self.student.needs)
+    breaks = property(lambda self: self.student.breaks)
+    gives = property(lambda self: self.student.gives)
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         task.require("train", *(("loss",) if self.alpha else ()), by=self)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from effkit.core.checks import require_float, require_int
+
 
 def break_even(rows: int, columns: int) -> float:
     """The rank from which two factors hold as many numbers as the matrix."""
@@ -26,6 +28,19 @@ def break_even(rows: int, columns: int) -> float:
 def largest_useful(rows: int, columns: int) -> int:
     """The largest rank below the break-even; 0 for a single row or column, which no factors can shorten."""
     return (rows * columns - 1) // (rows + columns)
+
+
+def require_one(technique: object, *ways: str) -> None:
+    """Raises ValueError where several of these fields say how thin, or one badly: a rank from 1 on, or a share."""
+    given = {name: value for name in ways if (value := getattr(technique, name)) is not None}
+    if len(given) > 1:
+        names = f"{', '.join(ways[:-1])} and {ways[-1]}"
+        raise ValueError(f"give one of {names}, got {given}: each alone decides every rank")
+    for name, value in given.items():
+        if name == "rank":
+            require_int(name, value, 1)
+        else:
+            require_float(name, value, 0.0, 1.0, open_low=True, hint="a share; 1 changes nothing")
 
 
 def by_energy(singular: Float[Tensor, " k"], energy: float) -> int:

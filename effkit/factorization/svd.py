@@ -10,7 +10,7 @@ Left out  What the inputs look like: weighted_svd.py.
 Source    Eckart & Young 1936, doi:10.1007/BF02288367; for networks Denton et al. 2014, arXiv:1404.0736, sec. 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effkit.core.checkpoint import stored
-from effkit.core.checks import require_float, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import dense_weight, find, inherit, note, replace_modules
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import FLOAT_WEIGHTS, UNMASKED
-from effkit.factorization.rank import by_budget, by_energy, largest_useful
+from effkit.factorization.rank import by_budget, by_energy, largest_useful, require_one
 
 
 def wide(w: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -60,17 +59,9 @@ class LowRankLinear(nn.Module):
         new.up.bias = bias
         return new
 
-    @property
-    def in_features(self) -> int:
-        return self.down.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features
-
-    @property
-    def rank(self) -> int:
-        return self.down.out_features
+    in_features = property(lambda self: self.down.in_features)
+    out_features = property(lambda self: self.up.out_features)
+    rank = property(lambda self: self.down.out_features)
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
         return dense_weight(self.up) @ dense_weight(self.down)
@@ -100,36 +91,30 @@ class SVD(Technique):
     layers: str = "*"
 
     needs = frozenset({FLOAT_WEIGHTS, UNMASKED})
-    paper = Paper(
-        "Denton et al.", 2014, "Exploiting linear structure within convolutional networks for efficient evaluation",
-        "arXiv:1404.0736", "sec. 3",
-    )  # fmt: skip
+    paper = Paper("Denton et al.", 2014,
+                  "Exploiting linear structure within convolutional networks for efficient evaluation",
+                  "arXiv:1404.0736", "sec. 3")  # fmt: skip
 
     def __post_init__(self):
-        given = {name: v for name in ("rank", "energy", "keep") if (v := getattr(self, name)) is not None}
-        if len(given) > 1:
-            raise ValueError(f"give one of rank, energy and keep, got {given}: each alone decides every rank")
-        if self.rank is not None:
-            require_int("rank", self.rank, 1)
-        for name in ("energy", "keep"):
-            if getattr(self, name) is not None:
-                require_float(name, getattr(self, name), 0.0, 1.0, open_low=True, hint="a share; 1 changes nothing")
+        require_one(self, "rank", "energy", "keep")
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        layers = dict(find(model, _outermost(model), layers=self.layers, by=type(self).__name__))
+        by = type(self).__name__
+        layers = dict(find(model, outermost(model, nn.Linear, LowRankLinear), layers=self.layers, by=by))
         roots = self.input_roots(model, task, layers)
         seen = {path: wide(dense_weight(layer)) for path, layer in layers.items()}
         seen = {path: w @ roots[path].to(w.dtype) if path in roots else w for path, w in seen.items()}
         built = {}
         for (path, layer), rank in zip(layers.items(), self.ranks(list(seen.values())), strict=True):
             if rank is None:
-                note(model, path, "left alone", f"two factors would hold no fewer numbers than {_shape(layer)}")
+                rows, columns = seen[path].shape
+                note(model, path, "left alone", f"two factors would hold no fewer numbers than {rows} x {columns}")
                 continue
             up, down = truncate(seen[path], rank)
             if path in roots:  # W S ~ up down, so W ~ up (down S^-1)
                 down = torch.linalg.solve_triangular(roots[path].to(down.dtype), down, upper=False, left=False)
             built[id(layer)] = inherit(LowRankLinear.from_factors(up, down, layer), layer)
-            note(model, path, f"{type(layer).__name__} -> LowRankLinear of rank {rank}", type(self).__name__)
+            note(model, path, f"{type(layer).__name__} -> LowRankLinear of rank {rank}", by)
         return replace_modules(model, built)
 
     def input_roots(self, model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
@@ -163,11 +148,7 @@ class SVD(Technique):
         return Reading(held / dense if layers else 1.0, "of the factorized weights", "counted", better="lower")
 
 
-def _outermost(model: nn.Module):
-    """Matches linear layers and pairs of factors, but not the factors within a pair."""
-    inside = {id(m) for pair in model.modules() if isinstance(pair, LowRankLinear) for m in pair.children()}
-    return lambda module: isinstance(module, nn.Linear | LowRankLinear) and id(module) not in inside
-
-
-def _shape(layer: nn.Module) -> str:
-    return f"{layer.out_features} x {layer.in_features}"
+def outermost(model: nn.Module, plain: type[nn.Module], product: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    """Matches plain layers and products of several, but not the factors within a product."""
+    inside = {id(m) for whole in model.modules() if isinstance(whole, product) for m in whole.children()}
+    return lambda module: isinstance(module, plain | product) and id(module) not in inside

@@ -21,14 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effkit.core.checkpoint import stored
-from effkit.core.checks import require_float, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import find, inherit, note, replace_modules
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import FLOAT_WEIGHTS, UNMASKED
-from effkit.factorization.rank import by_energy
-from effkit.factorization.svd import wide
+from effkit.factorization.rank import by_energy, require_one
+from effkit.factorization.svd import outermost, wide
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U_out (out, R_out), core (R_out, R_in, h, w), U_in (in, R_in)
 
@@ -138,24 +137,16 @@ class Tucker2(Technique):
     layers: str = "*"
 
     needs = frozenset({FLOAT_WEIGHTS, UNMASKED})
-    paper = Paper(
-        "Kim et al.", 2015, "Compression of deep convolutional neural networks for fast and low power mobile applications",
-        "arXiv:1511.06530", "sec. 3.1",
-    )  # fmt: skip
+    paper = Paper("Kim et al.", 2015,
+                  "Compression of deep convolutional neural networks for fast and low power mobile applications",
+                  "arXiv:1511.06530", "sec. 3.1")  # fmt: skip
 
     def __post_init__(self):
-        given = {name: v for name in ("rank", "fraction", "energy") if (v := getattr(self, name)) is not None}
-        if len(given) > 1:
-            raise ValueError(f"give one of rank, fraction and energy, got {given}: each alone decides both ranks")
-        if self.rank is not None:
-            require_int("rank", self.rank, 1)
-        for name in ("fraction", "energy"):
-            if getattr(self, name) is not None:
-                require_float(name, getattr(self, name), 0.0, 1.0, open_low=True, hint="a share; 1 changes nothing")
+        require_one(self, "rank", "fraction", "energy")
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         built = {}
-        for path, layer in find(model, _outermost(model), layers=self.layers, by="Tucker2"):
+        for path, layer in find(model, outermost(model, nn.Conv2d, TuckerConv2d), layers=self.layers, by="Tucker2"):
             dense: nn.Conv2d = layer.dense() if isinstance(layer, TuckerConv2d) else layer  # type: ignore[assignment]
             weight = wide(dense.weight)
             ranks = self.ranks(weight)
@@ -193,9 +184,3 @@ def size(shape: Sequence[int], ranks: tuple[int, int]) -> int:
     """Numbers in the three layers: in R_in + R_in R_out h w + R_out out."""
     (o, i, h, w), (p, q) = shape, ranks
     return i * q + p * q * h * w + p * o
-
-
-def _outermost(model: nn.Module):
-    """Matches convolutions and triples of them, but not the parts of a triple."""
-    inside = {id(m) for triple in model.modules() if isinstance(triple, TuckerConv2d) for m in triple.children()}
-    return lambda module: isinstance(module, nn.Conv2d | TuckerConv2d) and id(module) not in inside

@@ -47,10 +47,9 @@ class WhitenedSVD(SVD):
     examples: int = 256
     ridge: float = 1e-4
 
-    paper = Paper(
-        "Wang et al.", 2024, "SVD-LLM: truncation-aware singular value decomposition for large language model compression",
-        "arXiv:2403.07378", "sec. 3.1",
-    )  # fmt: skip
+    paper = Paper("Wang et al.", 2024,
+                  "SVD-LLM: truncation-aware singular value decomposition for large language model compression",
+                  "arXiv:2403.07378", "sec. 3.1")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

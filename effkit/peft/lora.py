@@ -51,9 +51,7 @@ class Adapter(nn.Module):
         self.A.copy_((2 * draws - 1) * bound)
         self.B.zero_()
 
-    @property
-    def scale(self) -> float:
-        return SCALES[self.scaling](self.alpha, self.rank)
+    scale = property(lambda self: SCALES[self.scaling](self.alpha, self.rank))
 
     def delta(self) -> Float[Tensor, "out in"]:
         return self.scale * self.B @ self.A
@@ -82,13 +80,8 @@ class LoRALinear(nn.Module):
         base.requires_grad_(False)
         return new
 
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features  # type: ignore[return-value]
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features  # type: ignore[return-value]
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
         w = dense_weight(self.base)
@@ -150,9 +143,10 @@ class LoRA(Technique):
         require_float("lr", self.lr, 0.0, open_low=True)
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError for a model that carries adapters already."""
+        """Raises ValueError for a model that carries adapters already, and says where; and for a compiled one."""
         if not UNADAPTED.holds(model):
             raise ValueError(f"LoRA needs {UNADAPTED}: this one has them at {next(iter(adapted(model)))}; strip(merge(model)) first")
+        super().check(model)
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         steps = self.length(task)
@@ -190,10 +184,9 @@ class LoRA(Technique):
             raise ValueError(f"rank must be at most {most} here, got {self.rank}: no layer has so many inputs or outputs")
         for path, layer in layers:
             if type(layer) is not nn.Linear and not _passes_gradients(layer):
-                raise ValueError(
-                    f"LoRA cannot train over {type(layer).__name__} at {path or '(the model)'}: its rounding stops the gradient; "
-                    "put LoRA before that technique, or leave the layer out with `layers`"
-                )
+                where = f"{type(layer).__name__} at {path or '(the model)'}"
+                how = "put LoRA before that technique, or leave the layer out with `layers`"
+                raise ValueError(f"LoRA cannot train over {where}: its rounding stops the gradient; {how}")
 
 
 def _outermost(model: nn.Module):

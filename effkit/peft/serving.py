@@ -6,15 +6,13 @@ strip     the plain layers: after `merge` the finished model, without it the bas
 save_adapters, load_adapters   a small file; it says which base it was trained over, by a hash
 """
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from effkit.core.checkpoint import load, save, stored
+from effkit.core.checkpoint import fingerprint, load, save, stored
 from effkit.core.surgery import bake, dense_weight, inherit, is_linear_like, note, replace_modules
 from effkit.core.technique import clone
 from effkit.peft.lora import Adapter, LoRALinear, adapted, insert
@@ -23,7 +21,7 @@ from effkit.peft.lora import Adapter, LoRALinear, adapted, insert
 def merge(model: nn.Module, *, dense: bool = False) -> nn.Module:
     """A copy in which each base holds the sum. dense: layers that are packed, factorized or masked become plain float
     ones first; without it they are refused, since codes have no room for B A, and zeros would be filled."""
-    model = _adapted_copy(model)
+    model = clone(_adapted(model))
     dtype = _dtype(model)
     for path, layer in adapted(model).items():
         plain = type(layer.base) is nn.Linear and not parametrize.is_parametrized(layer.base)
@@ -39,7 +37,7 @@ def merge(model: nn.Module, *, dense: bool = False) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """A copy in which base and adapters are apart again; W_0 comes back to rounding, not to the bit."""
-    model = _adapted_copy(model)
+    model = clone(_adapted(model))
     for layer in adapted(model).values():
         _add(layer, sign=-1)
     return model
@@ -47,7 +45,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def strip(model: nn.Module) -> nn.Module:
     """A copy without adapters: the merged layers where they were merged, else the base as it always was."""
-    model = _adapted_copy(model)
+    model = clone(_adapted(model))
     layers = adapted(model)
     for path in layers:
         note(model, path, "adapter taken off", "strip")
@@ -58,10 +56,6 @@ def _adapted(model: nn.Module) -> nn.Module:
     if not adapted(model):
         raise ValueError("this model has no adapters: LoRA(...)(model, task) puts them in, load_adapters(model, path) brings them")
     return model
-
-
-def _adapted_copy(model: nn.Module) -> nn.Module:
-    return clone(_adapted(model))
 
 
 @torch.no_grad()
@@ -80,10 +74,9 @@ def _plain(layer: LoRALinear, dtype: torch.dtype) -> nn.Linear:
     weight = dense_weight(bake(layer.base)).detach().to(dtype)
     with torch.no_grad():
         bias = layer.base(weight.new_zeros(1, weight.shape[1]))[0]
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(bias.any()), device="meta")
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     made.weight = nn.Parameter(weight.clone())
-    if made.bias is not None:
-        made.bias = nn.Parameter(bias)
+    made.bias = nn.Parameter(bias) if bias.any() else None  # type: ignore[assignment]
     return made.requires_grad_(False).train(layer.training)
 
 
@@ -145,13 +138,3 @@ def _layer(model: nn.Module, path: str, adapter: Adapter) -> nn.Module:
     if shape != wanted:
         raise ValueError(f"layer {path or '(the model)'} is {shape[0]} x {shape[1]}, the adapter {wanted[0]} x {wanted[1]}: load the base it was trained over")
     return layer
-
-
-def fingerprint(layers: Iterable[nn.Module]) -> str:
-    """SHA-256 over all tensors of the layers, in order."""
-    digest = hashlib.sha256()
-    for layer in layers:
-        for name, tensor in layer.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -121,7 +121,4 @@ def collected(labels: Labels, names: dict[Tensor, tuple[str, tuple[int, ...]]]) 
     alike: dict[tuple, list[dict[Place, list[int]]]] = defaultdict(list)
     for root, places in classes.items():
         alike[frozenset(places), labels.classes.held.get(root, "")].append(places)
-    return [
-        Group({place: [c[place] for c in channels] for place in channels[0]}, held)
-        for (_, held), channels in alike.items()
-    ]
+    return [Group({at: [c[at] for c in channels] for at in channels[0]}, held) for (_, held), channels in alike.items()]

@@ -59,8 +59,7 @@ def choose(scores: dict[str, Tensor], *, sparsity: float, scope: str, least: int
 
 def _spare(score: Float[Tensor, " n"], least: int) -> Float[Tensor, " n"]:
     """The best `least` beyond any comparison."""
-    best = score.topk(min(least, len(score))).indices
-    return score.index_fill(0, best, torch.inf)
+    return score.index_fill(0, score.topk(min(least, len(score))).indices, torch.inf)
 
 
 @stored

@@ -21,7 +21,7 @@ from effkit.core.checks import require_choice, require_float, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import dense_weight, find, note
 from effkit.core.task import Task
-from effkit.core.technique import Technique, Trait
+from effkit.core.technique import Technique
 from effkit.core.training import Schedule, fit
 from effkit.core.traits import FLOAT_WEIGHTS, UNMASKED
 from effkit.pruning.masks import choose, mask_, mask_of, masked_share
@@ -64,13 +64,8 @@ class Prune(Technique, ABC):
             needed = "epochs must be 1 or more and pattern 'weights'"
             raise ValueError(f"schedule 'cubic' masks weights while training: {needed}, got {got}; or use 'one-shot'")
 
-    @property
-    def needs(self) -> frozenset[Trait]:  # type: ignore[override]
-        return frozenset({FLOAT_WEIGHTS, UNMASKED} if self.pattern == "channels" else {FLOAT_WEIGHTS})
-
-    @property
-    def breaks(self) -> frozenset[Trait]:  # type: ignore[override]
-        return frozenset() if self.pattern == "channels" else frozenset({UNMASKED})
+    needs = property(lambda self: frozenset({FLOAT_WEIGHTS}) | ({UNMASKED} if self.pattern == "channels" else set()))
+    breaks = property(lambda self: frozenset() if self.pattern == "channels" else frozenset({UNMASKED}))
 
     @abstractmethod
     def score(self, model: nn.Module, layers: Layers, task: Task) -> dict[str, Tensor]:
@@ -119,8 +114,7 @@ class Prune(Technique, ABC):
     def _mask(self, model: nn.Module, layers: Layers, task: Task, sparsity: float) -> None:
         scores = self._scores(model, layers, task)
         for path, layer in layers.items():
-            mask = mask_of(layer)
-            if mask is not None:  # what is gone goes first
+            if (mask := mask_of(layer)) is not None:  # what is gone goes first
                 scores[path] = torch.where(mask.keep, scores[path], -torch.inf)
         together = [list(scores)] if self.scope == "global" else [[path] for path in scores]
         for paths in together:  # scores are let go layer by layer, for they are as large as the model

@@ -69,17 +69,15 @@ def cat(t: Labels, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> Axes:
 
 def cut(t: Labels, out, x: Tensor, *rest, **settings) -> Axes:
     """Slices, pads and pieces: where in a dimension they begin is written in the code, so what changes size stays."""
-    result = []
-    for part in tensors_in(out):
-        sizes = list(part.shape)
-        if len(sizes) != x.dim():  # select, unbind
-            t.hold(x, "single indices are picked from it")
-            return []
-        for axis, n in zip(t.axes(x), sizes, strict=True):
+    parts = tensors_in(out)
+    if any(part.dim() != x.dim() for part in parts):  # select, unbind
+        t.hold(x, "single indices are picked from it")
+        return []
+    for part in parts:
+        for axis, n in zip(t.axes(x), part.shape, strict=True):
             if n != len(axis):
                 t.classes.hold(axis, "slices are cut from it, or it is padded")
-        result.append([axis if n == len(axis) else blank(n) for axis, n in zip(t.axes(x), sizes, strict=True)])
-    return result
+    return [[a if n == len(a) else blank(n) for a, n in zip(t.axes(x), part.shape, strict=True)] for part in parts]
 
 
 def spatial(n: int) -> Callable[..., Axes]:
@@ -172,9 +170,8 @@ def embedding(t: Labels, out: Tensor, w: Tensor, ids: Tensor, *rest, **settings)
 
 def attention(t: Labels, out, q: Tensor, k: Tensor, v: Tensor, *rest, **settings) -> Axes:
     """Heads are channels: keys, values and the queries that share them go together; what lies within a head stays."""
-    share = q.shape[1] // k.shape[1]
     heads = t.classes.tie(t.axes(k)[1], t.axes(v)[1])
-    queries = t.classes.tie(t.axes(q)[1], np.repeat(heads, share))
+    queries = t.classes.tie(t.axes(q)[1], np.repeat(heads, q.shape[1] // k.shape[1]))
     for x in (q, k, v):
         for axis in t.axes(x)[2:]:
             t.classes.hold(axis, "attention runs over it")

@@ -14,7 +14,8 @@ Source    LeCun et al. 1989, "Optimal brain damage", eq. 2; with Fisher Theis et
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -46,12 +47,7 @@ def diagonal_fisher(model: nn.Module, layers: Layers, task: Task, *, examples: i
 
 def singly(task: Task, examples: int) -> Iterator[Batch]:
     """The first examples of task.calib, as batches of one."""
-    for x, y in task.calib:  # type: ignore[union-attr]
-        for i in range(min(len(x), examples)):
-            yield x[i : i + 1], y[i : i + 1]
-        examples -= len(x)
-        if examples <= 0:
-            return
+    return islice(replace(task.calib, size=1), examples)  # type: ignore[type-var, arg-type]
 
 
 def gradients(model: nn.Module, layers: Layers, task: Task, batch: Batch) -> dict[str, Tensor]:

@@ -8,7 +8,9 @@ Left out  What the inputs look like, and how errors may cancel.
 Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1; groups as in Dettmers & Zettlemoyer 2022, arXiv:2212.09720.
 """
 
+import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effkit.core import native
 from effkit.core.checkpoint import numbers, stored
 from effkit.core.checks import require_choice, require_int
 from effkit.core.report import Reading
@@ -23,9 +26,10 @@ from effkit.core.surgery import bake, swap
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import FLOAT_WEIGHTS
-from effkit.quantization import kernels
 from effkit.quantization.affine import SCALE_DTYPE, dequantize, grouped, pack, quantize, ungrouped, unpack
 from effkit.quantization.observers import OBSERVERS
+
+_SOURCE = Path(__file__).with_name("packed.c")
 
 
 @stored
@@ -64,17 +68,40 @@ class PackedWeight(nn.Module):
     def forward(self) -> Float[Tensor, "rows n"]:
         """The matrix in float32."""
         q = grouped(unpack(self.codes, self.bits, self.shape[1]), self.group_size)
-        zero_point = self.zero_points()
-        return ungrouped(dequantize(q, self.scale.float()[..., None], zero_point[..., None]), self.shape)
-
-    def zero_points(self) -> Float[Tensor, "rows groups"]:
-        middle = torch.full(self.scale.shape, 2.0 ** (self.bits - 1), device=self.scale.device)
-        return middle if self.zero_point is None else self.zero_point.float()
+        scale = self.scale.float()
+        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float()
+        return ungrouped(dequantize(q, scale[..., None], zero[..., None]), self.shape)
 
     def bits_per_weight(self) -> float:
         """Codes, scales and zero points, over the number of weights."""
         held = sum(b.numel() * b.element_size() for b in self.buffers())
         return 8 * held / (self.shape[0] * self.shape[1])
+
+
+def matvec(x: Tensor, store: Any) -> Tensor | None:
+    """x (one token, any leading dimensions of size 1) times the packed matrix, by the native kernel; None where it does
+    not apply: other bits or groups, several tokens, gradients wanted, no C compiler."""
+    rows, columns = store.shape
+    if store.bits != 4 or store.group_size != 32 or columns % 32 or x.numel() != columns or x.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    if (product := _product()) is None:
+        return None
+    x32 = x.detach().float().contiguous()
+    y = torch.empty(*x.shape[:-1], rows)
+    pointers = [t if t is None else t.data_ptr() for t in (store.codes, store.scale, store.zero_point, x32, y)]
+    product(*pointers, rows, columns, torch.get_num_threads())
+    return y.to(x.dtype)
+
+
+def _product():
+    """The compiled function with its argument types, which save ctypes a guess a call."""
+    if (library := native.library(_SOURCE)) is None:
+        return None
+    if library.matvec_int4.argtypes is None:
+        library.matvec_int4.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long, ctypes.c_long, ctypes.c_int]
+    return library.matvec_int4
 
 
 @stored
@@ -98,13 +125,12 @@ class QuantizedLinear(nn.Module):
         return self.weight_store()
 
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
-        y = kernels.matvec(x, self.weight_store)
-        if y is not None:
-            return y if self.bias is None else y + self.bias
-        if torch.is_grad_enabled() and x.requires_grad:
+        y = matvec(x, self.weight_store)
+        if y is None and torch.is_grad_enabled() and x.requires_grad:
             y = Unpacked.apply(x, self.weight_store)
-            return y if self.bias is None else y + self.bias
-        return F.linear(x, self.weight_store().to(x.dtype), self.bias)
+        if y is None:
+            return F.linear(x, self.weight_store().to(x.dtype), self.bias)
+        return y if self.bias is None else y + self.bias
 
 
 class Unpacked(torch.autograd.Function):

@@ -74,13 +74,23 @@ class QAT(Technique):
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         task.require("train", "loss", by=self)
-        trained = [bake(layer) for _, layer in find(model, (nn.Linear, nn.Conv2d), layers=self.layers, by="QAT")]
-        for layer in trained:
-            parametrize.register_parametrization(layer, "weight", FakeQuantize(self.bits, self.group_size, self.symmetric))
-        fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label="QAT")  # type: ignore[arg-type]
-        for layer in trained:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        name = type(self).__name__
+        layers = [layer for _, layer in find(model, (nn.Linear, nn.Conv2d), layers=self.layers, by=name)]
+        for layer in layers:
+            self.begin(layer)
+        fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label=name)  # type: ignore[arg-type]
+        for layer in layers:
+            self.end(layer)
         return self.rounding().rewrite_(model, task)
+
+    def begin(self, layer: nn.Module) -> None:
+        """Lets the layer round its weight in the forward pass."""
+        rounded = FakeQuantize(self.bits, self.group_size, self.symmetric)
+        parametrize.register_parametrization(bake(layer), "weight", rounded)
+
+    def end(self, layer: nn.Module) -> None:
+        """Makes the weight plain again, as it was trained: not rounded yet."""
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
 
     def claim(self, model: nn.Module) -> Reading:
         return self.rounding().claim(model)

@@ -11,6 +11,7 @@ Screening Scoring costs most. A share of val comes first; a candidate that misse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from torch import nn
 
@@ -81,7 +82,7 @@ class Evaluate:
     def __call__(self, technique: Technique) -> Candidate:
         try:
             return self.measured(technique)
-        except (ValueError, RuntimeError, NotImplementedError) as error:  # the next candidate may still be fine
+        except (ValueError, RuntimeError) as error:  # the next candidate may still be fine
             return Candidate(technique, refused=f"{type(error).__name__}: {error}")
 
     def measured(self, technique: Technique) -> Candidate:
@@ -96,26 +97,23 @@ class Evaluate:
     def score(self, model: nn.Module) -> tuple[Reading, bool]:
         """The score on val, and whether a share of it was enough to see that it is too bad."""
         if self.limits.min_score is not None and self.screen < 1:
-            share = replace(self.task, val=self._share())
-            first = quality(model, share, "val")
+            val: Any = self.task.val
+            rows = getattr(val, "windows", None) or len(val.inputs)
+            share = val.first(max(2, int(self.screen * rows)))
+            first = quality(model, replace(self.task, val=share), "val")
             if self.hopeless(first):
                 return replace(first, note=f"{first.note}, a first share of val"), True
         return quality(model, self.task, "val"), False
 
     def hopeless(self, score: Reading) -> bool:
         """Whether the score misses its limit beyond what chance explains."""
-        limit = Constraints(min_score=self.limits.min_score)
-        missed = limit.misses({self.task.score.name: score}, self.task.score)[self.task.score.name]
-        return missed * (abs(limit.min_score or 0.0) or 1.0) > SIGNIFICANT * (score.spread or float("inf"))
+        short = self.limits.min_score - score.value  # type: ignore[operator]
+        missed = short if self.task.score.better == "higher" else -short
+        return missed > SIGNIFICANT * (score.spread or float("inf"))
 
     def latency(self, model: nn.Module) -> Reading:
         with evaluating(model):
             return latency(self.work.prepare(model, self.task), budget_s=self.budget_s)
-
-    def _share(self):
-        val = self.task.val
-        rows = getattr(val, "windows", None) or len(val.inputs)  # type: ignore[union-attr]
-        return val.first(max(2, int(self.screen * rows)))  # type: ignore[union-attr]
 
 
 def costs(readings: Mapping[str, Reading], score: Score) -> tuple[float, ...]:

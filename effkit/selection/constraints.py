@@ -56,9 +56,7 @@ class Constraints:
     def describe(self, score: Score) -> str:
         """The limits in words."""
         at = "at least" if score.better == "higher" else "at most"
-        parts = [
-            f"at most {self.max_bytes:,} bytes on disk" if self.max_bytes is not None else "",
-            f"at most {1e3 * self.max_latency:.4g} ms (with {self.margin:.0%} in hand)" if self.max_latency else "",
-            f"{score.name} {at} {self.min_score:g}" if self.min_score is not None else "",
-        ]
-        return ", ".join(filter(None, parts)) or "no limits"
+        size = f"at most {self.max_bytes:,} bytes on disk" if self.max_bytes is not None else ""
+        time = f"at most {1e3 * self.max_latency:.4g} ms (with {self.margin:.0%} in hand)" if self.max_latency else ""
+        least = f"{score.name} {at} {self.min_score:g}" if self.min_score is not None else ""
+        return ", ".join(filter(None, (size, time, least))) or "no limits"

@@ -47,7 +47,4 @@ def journal(path: Path) -> JournalStorage:
 def mend(path: Path) -> None:
     """Cuts off what follows the last whole line."""
     if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -19,14 +19,9 @@ def frontier_plot(found: Selection, title: str = "") -> Figure:
     higher = found.score.better == "higher"
     number = {c.key: str(n) for n, c in enumerate(found.frontier, 1)}
     points = {number.get(c.key, f"_{c.key}"): (c.readings[BYTES], c.readings[found.score.name]) for c in found.measured}
-    return plots.pareto(
-        points,
-        title=title or f"What does a byte buy? {len(points)} candidates, measured",
-        xlabel="bytes on disk",
-        ylabel=f"{found.score.name} on val ({found.score.unit or 'a share'}), {'more' if higher else 'less'} is better",
-        higher_y=higher,
-        logx=True,
-    )
+    title = title or f"What does a byte buy? {len(points)} candidates, measured"
+    ylabel = f"{found.score.name} on val ({found.score.unit or 'a share'}), {'more' if higher else 'less'} is better"
+    return plots.pareto(points, title=title, xlabel="bytes on disk", ylabel=ylabel, higher_y=higher, logx=True)
 
 
 def legend(found: Selection) -> str:

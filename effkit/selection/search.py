@@ -19,7 +19,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -93,8 +93,10 @@ class Search:
         if not done:
             return self._claim(study), Identity()  # the unchanged model is the first candidate of every search
         tried = {candidate.key for candidate in done}
-        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # a killed process may have left one
-            self._breed(study, len(done))
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # a killed process may have left one
+        if self.sampler == "evolution" and not waiting:
+            measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            study.enqueue_trial(child(measured, random.Random(f"{self.seed} {len(done)} child")))
         for attempt in range(ATTEMPTS):
             study.sampler = self._sampler(len(done), attempt)
             trial, technique = self._ask(study)
@@ -106,11 +108,6 @@ class Search:
         study.enqueue_trial(params)
         trial, technique = self._ask(study)
         return (trial, technique) if technique is not None else None
-
-    def _breed(self, study: optuna.Study, done: int) -> None:
-        if self.sampler == "evolution":
-            measured = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            study.enqueue_trial(child(measured, random.Random(f"{self.seed} {done} child")))
 
     def _claim(self, study: optuna.Study) -> Trial:
         """A trial, marked as ours."""
@@ -155,12 +152,9 @@ class Search:
 
     def _open(self) -> optuna.Study:
         """The study, new or gone on with. Raises ValueError where the file holds another search of this name."""
-        study = optuna.create_study(
-            study_name=self.study,
-            storage=journal(self.storage) if self.storage else None,
-            directions=["minimize"] * (3 if self.timed else 2),
-            load_if_exists=True,
-        )
+        storage = journal(self.storage) if self.storage else None
+        directions = [optuna.study.StudyDirection.MINIMIZE] * (3 if self.timed else 2)
+        study = optuna.create_study(study_name=self.study, storage=storage, directions=directions, load_if_exists=True)
         digest = hashlib.sha256(f"{self.identity} {self.describe()}".encode()).hexdigest()
         if study.user_attrs.get("search", digest) != digest:
             how = "choose another name for the study, or delete the file"
@@ -180,7 +174,7 @@ class Search:
 
     def _sampler(self, done: int, attempt: int) -> optuna.samplers.BaseSampler:
         seed = random.Random(f"{self.seed} {done} {attempt}").getrandbits(31)
-        constraints = missed if self.limits.count else None
+        constraints = (lambda trial: trial.user_attrs["misses"]) if self.limits.count else None
         if self.sampler != "tpe":
             return optuna.samplers.RandomSampler(seed)
         return optuna.samplers.TPESampler(
@@ -214,10 +208,6 @@ def ordered(options: Sequence) -> bool:
     return numbers and list(options) == sorted(options)
 
 
-def missed(trial: FrozenTrial) -> list[float]:
-    return trial.user_attrs["misses"]
-
-
 def candidates(study: optuna.Study) -> list[Candidate]:
     """What the journal holds, in the order of the trials, each technique once."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
@@ -226,19 +216,16 @@ def candidates(study: optuna.Study) -> list[Candidate]:
 
 
 def encoded(candidate: Candidate) -> dict:
-    readings = {name: {**r.to_json(), "better": r.better, "note": r.note} for name, r in candidate.readings.items()}
+    readings = {name: asdict(reading) for name, reading in candidate.readings.items()}
     technique = recipe.to_json(candidate.technique)
     return {"recipe": technique, "readings": readings, "refused": candidate.refused, "screened": candidate.screened}
 
 
 def decoded(data: dict) -> Candidate:
     """A reading from a journal was measured then, not now: it is recorded. What was counted stays as it is."""
-    readings = {}
-    for name, reading in data["readings"].items():
-        counted = reading["provenance"] == "counted"
-        readings[name] = Reading(**{**reading, "provenance": "counted" if counted else "recorded"})
-    technique = catalog.load_recipe(data["recipe"])
-    return Candidate(technique, readings, data["refused"], data["screened"])
+    then = {name: Reading(**reading) for name, reading in data["readings"].items()}
+    now = {name: r if r.provenance == "counted" else replace(r, provenance="recorded") for name, r in then.items()}
+    return Candidate(catalog.load_recipe(data["recipe"]), now, data["refused"], data["screened"])
 
 
 def abandoned(trial: FrozenTrial) -> bool:
@@ -254,8 +241,6 @@ def _alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's, and alive
     return True

@@ -7,14 +7,13 @@ Caution   The best of many scores on val is partly luck: on test it is usually a
           The more candidates, and the fewer examples in val, the more of it is luck.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from effkit.core.checkpoint import fingerprint
 from effkit.core.checks import require_choice, require_float, require_int
 from effkit.core.report import Report, Table
 from effkit.core.task import Score, Task
@@ -99,11 +98,9 @@ class Selection:
     def _least(self, tried: Sequence[Candidate]) -> str:
         """Of each limit by itself, the least that it is missed by, the nearest to being met first."""
         least = {name: min((self._misses(c)[name], label(c.technique)) for c in tried) for name in self._misses(tried[0])}
-        said = (
-            f"{name} is {f'missed by {miss:.1%}' if miss > 0 else 'kept'} at best, by {who}"
-            for name, (miss, who) in sorted(least.items(), key=lambda item: item[1])
-        )
-        return ", ".join(said)
+        ranked = sorted(least.items(), key=lambda item: item[1])
+        how = {name: f"missed by {miss:.1%}" if miss > 0 else "kept" for name, (miss, _) in ranked}
+        return ", ".join(f"{name} is {how[name]} at best, by {who}" for name, (_, who) in ranked)
 
     def _misses(self, candidate: Candidate) -> dict[str, float]:
         return self.constraints.misses(candidate.readings, self.score)
@@ -148,16 +145,18 @@ def select(
     screen   the share of val that is scored first, see Evaluate
     """
     task.require("val", "per_example", by=Selection)
-    prefer = prefer or _preference(constraints)
+    only_score = constraints.min_score is not None and constraints.count == 1
+    prefer = prefer or ("bytes" if only_score else "score")  # given a budget, quality; given a quality, the budget
     require_choice("prefer", prefer, PREFERENCES)
     require_choice("sampler", sampler, SAMPLERS)
     require_int("trials", trials, 1)
     require_float("screen", screen, 0.0, 1.0, open_low=True)
     timed = constraints.max_latency is not None or prefer == "latency"
-    evaluate = Evaluate(model, task, work or _work(model), constraints, timed, screen)
-    bound, unfit = fitting((space if isinstance(space, Space) else Space(space) if space else default_space()), evaluate)
+    work = work or (Decode(prompt=32, new=32) if DECODER.holds(model) else Forward())
+    evaluate = Evaluate(model, task, work, constraints, timed, screen)
+    bound, unfit = fitting(space if isinstance(space, Space) else Space(space) if space else default_space(), evaluate)
     path = Path(storage) if storage else None
-    search = Search(bound, evaluate, task.score, constraints, timed, sampler, seed, path, study, fingerprint(model))
+    search = Search(bound, evaluate, task.score, constraints, timed, sampler, seed, path, study, fingerprint([model]))
     found = Selection(constraints, task.score, search.run(trials), unfit=unfit)
     return confirmed(found, evaluate, prefer)
 
@@ -181,7 +180,7 @@ def fitting(space: Space, evaluate: Evaluate) -> tuple[Space, dict[str, str]]:
     for name in bound.after(()):
         try:
             bound.plain(name)(model, tiny)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:
             unfit[name] = str(error)
     rest = {name: settings for name, settings in bound.techniques.items() if name not in unfit}
     if not rest:
@@ -190,32 +189,12 @@ def fitting(space: Space, evaluate: Evaluate) -> tuple[Space, dict[str, str]]:
     return replace(bound, techniques=rest), unfit
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of all that the model holds."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _on_test(technique: Technique, evaluate: Evaluate) -> Table:
     task, scored = evaluate.task, evaluate.task.test is not None
-    small = technique(evaluate.model, replace(task, test=None))
-    models = {"unchanged": evaluate.model, label(technique): small}
+    models = {"unchanged": evaluate.model, label(technique): technique(evaluate.model, replace(task, test=None))}
     return compare(models, task, evaluate.work, quality=scored, budget_s=evaluate.budget_s, title="measured again, on test")
 
 
 def _rank(candidate: Candidate, score: Score, prefer: str) -> tuple[float, ...]:
     size, quality, *latency = costs(candidate.readings, score)
     return {"score": (quality, size), "bytes": (size, quality), "latency": (*latency, quality)}[prefer]
-
-
-def _preference(constraints: Constraints) -> str:
-    """What has no limit is worth improving: given a budget, quality; given a quality, the budget."""
-    only_score = constraints.min_score is not None and constraints.count == 1
-    return "bytes" if only_score else "score"
-
-
-def _work(model: nn.Module) -> Work:
-    return Decode(prompt=32, new=32) if DECODER.holds(model) else Forward()

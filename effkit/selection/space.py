@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 
 from torch import nn
 
@@ -97,23 +98,20 @@ class Space:
         return Pipeline(steps) if len(steps) > 1 else (*steps, Identity())[0]
 
     def everything(self) -> Iterator[Technique]:
-        """Every candidate, each once: nothing, then walks by a script of choices, whose last one moves on each time."""
+        """Every candidate, each once: nothing, then walks by scripts of choices; a new fork adds one an option."""
         yield Identity()
-        script: list[int] = []
-        while True:
-            trace: list[tuple[int, int]] = []
+        scripts: list[list[int]] = [[]]
+        while scripts:
+            script, fork = scripts.pop(), count()
 
-            def choose(what: str, options: Sequence, script=script, trace=trace):
-                trace.append((script[len(trace)] if len(trace) < len(script) else 0, len(options)))
-                return options[trace[-1][0]]
+            def choose(what: str, options: Sequence, script=script, fork=fork):
+                if (i := next(fork)) == len(script):  # a new fork: its first option, the others later
+                    scripts.extend([*script, other] for other in reversed(range(1, len(options))))
+                    script.append(0)
+                return options[script[i]]
 
             with suppress(ValueError):  # settings that clash are no candidate
                 yield self.draw(choose)
-            while trace and trace[-1][0] + 1 == trace[-1][1]:
-                trace.pop()
-            if not trace:
-                return
-            script = [i for i, _ in trace[:-1]] + [trace[-1][0] + 1]
 
 
 def default_space(*, longest: int = 2, training: bool = False, paradigms: Sequence[str] = PARADIGMS) -> Space:
@@ -128,8 +126,8 @@ def settings(kind: type[Technique]) -> dict[str, tuple]:
     hints, plain = typing.get_type_hints(kind), catalog.example(kind)
     found = {}
     for name in (f.name for f in fields(kind)):  # type: ignore[arg-type]
-        offered = CHOICES.get(name) or typing.get_args(hints[name]) if name in CHOICES or _literal(hints[name]) else ()
-        offered = (False, True) if hints[name] is bool else offered
+        literal = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
+        offered = (False, True) if hints[name] is bool else CHOICES.get(name, literal)
         values = tuple(value for value in offered if _accepts(plain, name, value))
         if len(values) > 1:
             found[name] = values
@@ -139,10 +137,6 @@ def settings(kind: type[Technique]) -> dict[str, tuple]:
 def with_settings(technique: Technique, chosen: Mapping[str, object]) -> Technique:
     """The technique with these fields. Raises ValueError where it refuses them."""
     return replace(technique, **chosen)  # type: ignore[type-var]
-
-
-def _literal(hint: object) -> bool:
-    return typing.get_origin(hint) is typing.Literal
 
 
 def _accepts(plain: Technique, name: str, value: object) -> bool:

@@ -69,9 +69,7 @@ class Statistics:
         """Accepted over tested proposals: the alpha of law.py; NaN where nothing was proposed."""
         return self.accepted / self.tested if self.tested else float("nan")
 
-    @property
-    def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes if self.passes else float("nan")
+    tokens_per_pass = property(lambda self: self.tokens / self.passes if self.passes else float("nan"))
 
 
 def statistics(passes: Iterable[Pass]) -> Statistics:

@@ -29,7 +29,7 @@ from effkit.core.generation import Autoregressive, Sampler, check_prompt, sample
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique, Trait
+from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.speculative.draft import check_draft, share, tensor_bytes
 from effkit.speculative.law import Pass
@@ -206,14 +206,9 @@ class Speculative(Technique):
             raise ValueError(f"draft must be a technique that makes it from the target, {how}, got {self.draft!r}")
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
 
-    @property
-    def needs(self) -> frozenset[Trait]:  # type: ignore[override]
-        return self.draft.needs | {DECODER}
-
-    @property
-    def breaks(self) -> frozenset[Trait]:  # type: ignore[override]
-        """The draft is a part of the model: where it is packed or masked, so is the model."""
-        return self.draft.breaks - {DECODER}
+    # the draft is a part of the model: where it is packed or masked, so is the model
+    needs = property(lambda self: self.draft.needs | {DECODER})
+    breaks = property(lambda self: self.draft.breaks - {DECODER})
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         model.decoding = Autoregressive()  # an older draft is not made a part of the new one

@@ -56,8 +56,7 @@ def cell(parts: tuple[str, ...], model: nn.Module, task: Task) -> dict:
     with evaluating(model), evaluating(changed):
         named = {"latency": changed, "latency of the unchanged": model}
         runs = {name: Forward(8).prepare(m, task) for name, m in named.items()}
-        seconds = interleaved(runs, budget_s=2.0)
-    readings = {"bytes on disk": disk_bytes(changed), **seconds}
+        readings = {"bytes on disk": disk_bytes(changed), **interleaved(runs, budget_s=2.0)}
     return {"loss": fmean(windows), "windows": windows, **{name: reading.to_json() for name, reading in readings.items()}}
 
 
@@ -87,21 +86,11 @@ def run(path: Path | None = None) -> dict:
 def header() -> dict:
     """Where and how the study is made."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout(), capture_output=True, text=True)
-    return {
-        "study": "pairs",
-        "command": COMMAND,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": date.today().isoformat(),
-        "machine": str(processor()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seed": 0,
-        "model": "gpt-small",
-        "windows": WINDOWS,
-        "recipes": {name: to_json(part) for name, part in PARTS.items()},
-        "cells": {},
-    }
+    how = {"study": "pairs", "command": COMMAND, "commit": commit.stdout.strip() or "unknown"}
+    when = {"date": date.today().isoformat(), "machine": str(processor()), "python": platform.python_version()}
+    where = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    what = {"seed": 0, "model": "gpt-small", "windows": WINDOWS}
+    return how | when | where | what | {"recipes": {name: to_json(part) for name, part in PARTS.items()}, "cells": {}}
 
 
 def resumed(found: dict, new: dict, path: Path) -> dict:

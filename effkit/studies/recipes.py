@@ -20,8 +20,7 @@ def stdlib_training(length: int, seed: int) -> Task:
     return Task("stdlib", train=Windows(ids, length=length, size=4096 // length, shuffle=True, seed=seed))  # type: ignore[arg-type]
 
 
-def mnist_training(jitter: bool) -> Task:
-    kind = Jittered if jitter else Batches
+def mnist_task(kind: type[Batches] = Jittered) -> Task:
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
 
 
@@ -33,19 +32,13 @@ SHORT = Recipe(
 )
 RECIPES = {
     "mlp": Recipe(
-        build=lambda: MLP((784, 800, 800, 10)),
-        task=lambda: mnist_training(jitter=True),
-        schedule=Schedule(steps=4400, lr=1e-3, warmup=100, weight_decay=0.05),
+        lambda: MLP((784, 800, 800, 10)), mnist_task, Schedule(4400, 1e-3, warmup=100, weight_decay=0.05)
     ),
     "lenet-300-100": Recipe(
-        build=lambda: MLP((784, 300, 100, 10)),
-        task=lambda: mnist_training(jitter=False),
-        schedule=Schedule(steps=1100, lr=1e-3, warmup=50, weight_decay=0.1),
+        lambda: MLP((784, 300, 100, 10)), lambda: mnist_task(Batches), Schedule(1100, 1e-3, warmup=50, weight_decay=0.1)
     ),
     "resnet": Recipe(
-        build=lambda: ResNet((32, 64, 128)),
-        task=lambda: mnist_training(jitter=True),
-        schedule=Schedule(steps=1650, lr=4e-3, warmup=100, weight_decay=0.05),
+        lambda: ResNet((32, 64, 128)), mnist_task, Schedule(1650, 4e-3, warmup=100, weight_decay=0.05)
     ),
     "gpt-small": replace(  # short windows while everything is still to be learned, then the whole context
         SHORT,

@@ -57,9 +57,7 @@ class Footprint:
     operational: Reading
     embodied: Reading
 
-    @property
-    def total(self) -> Reading:
-        return self.operational + self.embodied
+    total = property(lambda self: self.operational + self.embodied)
 
     @property
     def embodied_share(self) -> float:

@@ -49,9 +49,7 @@ class Payback:
         if len(units) > 1:
             raise ValueError(f"cost, before and after must share one unit, got {', '.join(sorted(units))}")
 
-    @property
-    def inferences(self) -> float:
-        return inferences(self.cost.value, self.before.value, self.after.value)
+    inferences = property(lambda self: inferences(self.cost.value, self.before.value, self.after.value))
 
     @property
     def interval(self) -> tuple[float, float]:

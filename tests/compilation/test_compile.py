@@ -16,6 +16,7 @@ from effkit.core.task import Task
 from effkit.core.technique import Identity, Pipeline
 from effkit.core.traits import EAGER
 from effkit.measure import macs, peak, resident
+from effkit.peft import LoRA
 from effkit.quantization import RTN
 from effkit.zoo import GPT, MLP, ResNet
 
@@ -231,7 +232,7 @@ def test_a_copy_is_independent():
 def test_other_techniques_refuse_a_compiled_model():
     fast, model, x = compiled()
     assert EAGER.holds(model) and not EAGER.holds(fast)
-    for technique in (RTN(), Compile(), Identity()):
+    for technique in (RTN(), LoRA(), Compile(), Identity()):
         with pytest.raises(ValueError, match="eager"):
             technique(fast, Task(example=(x,)))
     with pytest.raises(ValueError, match="put RTN first"):

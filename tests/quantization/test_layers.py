@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from effkit.core import native
 from effkit.core.task import Batches, Task
-from effkit.quantization import QAT, RTN, W8A8, integer, kernels, qat
+from effkit.quantization import QAT, RTN, W8A8, integer, packed, qat
 from effkit.quantization.integer import Int8Linear, int8_product, to_int8
 from effkit.quantization.packed import PackedWeight, QuantizedLinear
 from effkit.quantization.qat import fake_quantize
@@ -50,7 +50,7 @@ def test_the_native_kernel_equals_unpacking(rows, columns, symmetric):
     layer = QuantizedLinear.from_float(nn.Linear(columns, rows), **{**SETTINGS, "symmetric": symmetric})
     x = torch.randn(1, columns)
     with torch.no_grad():
-        assert kernels.matvec(x, layer.weight_store) is not None, "the kernel should apply here"
+        assert packed.matvec(x, layer.weight_store) is not None, "the kernel should apply here"
         exact = F.linear(x.double(), layer.dense_weight().double(), layer.bias.double())
         assert (layer(x) - exact).abs().max() <= 1e-5 * exact.abs().max() + 1e-5
 
@@ -61,7 +61,7 @@ def test_without_a_compiler_everything_falls_back(monkeypatch):
     with torch.no_grad():
         before = layer(x)
         monkeypatch.setenv("EFFKIT_NO_COMPILER", "1")
-        assert kernels.matvec(x, layer.weight_store) is None and "compiler" in native.why_not(kernels._SOURCE)
+        assert packed.matvec(x, layer.weight_store) is None and "compiler" in native.why_not(packed._SOURCE)
         assert torch.allclose(layer(x), before, atol=1e-5)
 
 
