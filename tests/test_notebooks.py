@@ -36,7 +36,8 @@ def test_notebook_keeps_the_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stem in COURSE
-    assert complaints(notebook) == []
+    found = complaints(notebook)
+    assert not found, "\n".join((f"{path.name}:", *found))
 
 
 def complaints(notebook) -> list[str]:

@@ -82,7 +82,7 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
     if batches == 0:
         raise ValueError("the calibration is empty: task.calib yields no batch; give it some examples")
     if not any(seen.tokens for seen in watched.values()):
-        raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers")
+        raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers, or calls those of the one it was copied from")
     found = Calibration({path: seen.statistics(path) for path, seen in watched.items() if seen.tokens})
     found.unreached = tuple(path for path in watched if path not in found)
     return found

@@ -44,11 +44,7 @@ def numbers(module: nn.Module) -> dict:
     if callable(own := getattr(module, "numbers", None)):
         return own()
     kind = parametrize.type_before_parametrizations(module)
-    names = [
-        n
-        for n in inspect.signature(kind).parameters
-        if n not in ("device", "dtype", "inplace") and not n.startswith("_")
-    ]
+    names = [n for n in inspect.signature(kind).parameters if n not in ("device", "dtype", "inplace") and n[0] != "_"]
     values = {n: getattr(module, n) for n in names if hasattr(module, n)}
     return {n: v is not None if isinstance(v, Tensor) or n == "bias" else v for n, v in values.items()}
 
@@ -90,10 +86,8 @@ def describe(model: nn.Module) -> dict[str, list]:
         if kind in (nn.Sequential, nn.ModuleList):
             result[path] = [kind.__name__, list(module._modules), {}]
         elif KINDS.get(kind.__name__) is kind and "parametrizations" not in path:
-            held = {
-                n: [[type(p).__name__, numbers(p)] for p in plist]
-                for n, plist in getattr(module, "parametrizations", {}).items()
-            }
+            lists = getattr(module, "parametrizations", {}).items()
+            held = {n: [[type(p).__name__, numbers(p)] for p in plist] for n, plist in lists}
             result[path] = [kind.__name__, numbers(module), held]
     return result
 
@@ -141,16 +135,20 @@ def _place(model: nn.Module, path: str, spec: list) -> nn.Module:
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, contiguous and without slack, and which further names share it."""
+    """Each tensor once, contiguous and without slack, and which further names share it. Copied is only what is a part
+    of a larger storage, or shows one in a second way: a model is not held twice while it is written."""
     seen: dict[tuple, str] = {}
-    tensors, ties = {}, {}
+    tensors, ties, places = {}, {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if key in seen:
             ties[name] = seen[key]
         else:
             seen[key] = name
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            plain = tensor.detach().cpu().contiguous()
+            whole = plain.untyped_storage().nbytes() == plain.nbytes and plain.data_ptr() not in places
+            tensors[name] = plain if whole else plain.clone()
+            places.add(plain.data_ptr())
     return tensors, ties
 
 
@@ -201,9 +199,8 @@ def _sha256(start: bytes, named: Iterable[tuple[str, Tensor]]) -> str:
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     missing, unexpected = model.load_state_dict(tensors, assign=True, strict=False)
     if missing or unexpected:
-        raise ValueError(
-            f"the file does not fit the model: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; was base built with other sizes?"
-        )
+        seen = f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}"
+        raise ValueError(f"the file does not fit the model: {seen}; was base built with other sizes?")
 
 
 def _tie(model: nn.Module, alias: str, original: str) -> None:
