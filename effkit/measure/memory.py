@@ -54,7 +54,7 @@ def _highest(function: Callable[[], object]) -> int:
     """The highest point of the running sum of allocations (positive) and releases (negative), in order of time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     steps = sorted((e.start_ns(), e.nbytes()) for e in events if e.device_type() == DeviceType.CPU)
     return max(accumulate((step for _, step in steps), initial=0))
 
