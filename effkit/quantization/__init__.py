@@ -4,15 +4,17 @@ affine      the map between reals and codes, groups, packing
 observers   which range: min-max, least squares
 packed      RTN: round to nearest, stored packed
 integer     W8A8: int8 matrix products with dynamic activation scales
+gptq        GPTQ: rounding that passes its errors on
 qat         QAT: train through the rounding
 """
 
 from effkit.core.showcase import Exhibit, Showcase
+from effkit.quantization.gptq import GPTQ
 from effkit.quantization.integer import W8A8
 from effkit.quantization.packed import RTN
 from effkit.quantization.qat import QAT
 
-__all__ = ["QAT", "RTN", "SHOWCASE", "W8A8"]
+__all__ = ["GPTQ", "QAT", "RTN", "SHOWCASE", "W8A8"]
 
 SHOWCASE = Showcase(
     "quantization",

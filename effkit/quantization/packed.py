@@ -9,16 +9,18 @@ Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1; groups as in Dettmers & Ze
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.core import native
+from effkit.core.calibration import Statistics
 from effkit.core.checkpoint import numbers, stored
 from effkit.core.checks import require_choice, require_int
 from effkit.core.report import Reading
@@ -27,7 +29,7 @@ from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.quantization.affine import SCALE_DTYPE, dequantize, grouped, pack, quantize, ungrouped, unpack
-from effkit.quantization.observers import OBSERVERS
+from effkit.quantization.observers import OBSERVERS, Grid
 
 _SOURCE = Path(__file__).with_name("packed.c")
 
@@ -56,10 +58,18 @@ class PackedWeight(nn.Module):
     def from_float(
         cls, weight: Float[Tensor, "rows n"], *, bits: int, group_size: int, symmetric: bool, search: str
     ) -> "PackedWeight":
-        new = cls(tuple(weight.shape), bits, group_size, symmetric).to(weight.device)
+        """Every weight rounded to the nearest point of the grid that `search` finds for its group."""
         groups = grouped(weight.detach().float(), group_size)
-        scale, zero_point = OBSERVERS[search](groups, bits=bits, symmetric=symmetric)
-        codes = ungrouped(quantize(groups, scale, zero_point, bits=bits), new.shape)
+        grid = OBSERVERS[search](groups, bits=bits, symmetric=symmetric)
+        codes = ungrouped(quantize(groups, *grid, bits=bits), tuple(weight.shape))
+        return cls.from_codes(codes, grid, bits=bits, group_size=group_size, symmetric=symmetric)
+
+    @classmethod
+    def from_codes(
+        cls, codes: UInt8[Tensor, "rows n"], grid: Grid, *, bits: int, group_size: int, symmetric: bool
+    ) -> "PackedWeight":
+        new = cls(tuple(codes.shape), bits, group_size, symmetric).to(codes.device)
+        scale, zero_point = grid
         new.codes, new.scale = pack(codes, bits), scale.squeeze(-1).to(SCALE_DTYPE)
         if not symmetric:
             new.zero_point = zero_point.squeeze(-1).to(torch.uint8)
@@ -115,10 +125,9 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
-    def from_float(cls, layer: Any, **settings) -> "QuantizedLinear":
+    def from_float(cls, layer: Any, store: PackedWeight) -> "QuantizedLinear":
         new = cls(layer.in_features, layer.out_features, layer.bias is not None)
-        new.weight_store = PackedWeight.from_float(layer.weight, **settings)
-        new.bias = layer.bias
+        new.weight_store, new.bias = store, layer.bias
         return new
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
@@ -160,10 +169,9 @@ class QuantizedConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     @classmethod
-    def from_float(cls, layer: Any, **settings) -> "QuantizedConv2d":
+    def from_float(cls, layer: Any, store: PackedWeight) -> "QuantizedConv2d":
         new = cls(**{name: value for name, value in numbers(layer).items() if name != "padding_mode"})
-        new.weight_store = PackedWeight.from_float(layer.weight.flatten(1), **settings)
-        new.bias = layer.bias
+        new.weight_store, new.bias = store, layer.bias
         return new
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
@@ -198,15 +206,27 @@ class RTN(Technique):
         require_choice("search", self.search, tuple(OBSERVERS))
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        return swap(model, (nn.Linear, nn.Conv2d), self.replacement, layers=self.layers, by="RTN")
+        seen, paths = self.statistics(model, task), {id(m): path for path, m in model.named_modules()}
+        by, kinds = type(self).__name__, (nn.Linear, nn.Conv2d)
+        return swap(model, kinds, lambda m: self.replacement(m, seen.get(paths[id(m)])), layers=self.layers, by=by)
 
-    def replacement(self, layer: Any) -> nn.Module | None:
+    def statistics(self, model: nn.Module, task: Task) -> Mapping[str, Statistics]:
+        """What each layer's inputs look like, by path: a question for subclasses, rounding to nearest is blind."""
+        return {}
+
+    def replacement(self, layer: Any, seen: Statistics | None = None) -> nn.Module | None:
         """The packed twin; None for a convolution that pads with anything but zeros."""
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             return None
         kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-        settings = dict(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, search=self.search)
-        return kind.from_float(bake(layer), **settings)
+        return kind.from_float(layer, self.store(bake(layer).weight.detach().flatten(1), seen))
+
+    def store(self, weight: Float[Tensor, "rows n"], seen: Statistics | None) -> PackedWeight:
+        """The weight, packed."""
+        return PackedWeight.from_float(weight, search=self.search, **self.format())
+
+    def format(self) -> dict:
+        return dict(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
     def claim(self, model: nn.Module) -> Reading:
         """Bits per weight of the quantized layers, scales and zero points included."""

@@ -14,7 +14,7 @@ from effkit.core import native
 from effkit.core.task import Batches, Task
 from effkit.quantization import QAT, RTN, W8A8, integer, packed, qat
 from effkit.quantization.integer import Int8Linear, int8_product, to_int8
-from effkit.quantization.packed import PackedWeight, QuantizedLinear
+from effkit.quantization.packed import PackedWeight
 from effkit.quantization.qat import fake_quantize
 from tests.subjects import image_task, mlp
 
@@ -47,7 +47,7 @@ def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expe
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (300, 576), (512, 2048)])
 def test_the_native_kernel_equals_unpacking(rows, columns, symmetric):
-    layer = QuantizedLinear.from_float(nn.Linear(columns, rows), **{**SETTINGS, "symmetric": symmetric})
+    layer = RTN(**{**SETTINGS, "symmetric": symmetric}).replacement(nn.Linear(columns, rows))
     x = torch.randn(1, columns)
     with torch.no_grad():
         assert packed.matvec(x, layer.weight_store) is not None, "the kernel should apply here"
@@ -56,7 +56,7 @@ def test_the_native_kernel_equals_unpacking(rows, columns, symmetric):
 
 
 def test_without_a_compiler_everything_falls_back(monkeypatch):
-    layer = QuantizedLinear.from_float(nn.Linear(64, 16), **SETTINGS)
+    layer = RTN(**SETTINGS).replacement(nn.Linear(64, 16))
     x = torch.randn(1, 64)
     with torch.no_grad():
         before = layer(x)
