@@ -29,7 +29,7 @@ from effkit.quantization.affine import dequantize, grouped, quantize, ungrouped
 from effkit.quantization.observers import OBSERVERS
 from effkit.quantization.packed import RTN, PackedWeight
 
-BLOCK = 128  # columns after which the rest is brought up to date at once: one large product instead of many small ones
+BLOCK = 32  # columns after which the rest is brought up to date at once: one large product instead of many small ones
 
 
 def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float) -> Float[Tensor, "n n"]:

@@ -91,7 +91,7 @@ def surgery(w, gram, scale, zero_point, *, bits, damping):
     return made
 
 
-@pytest.mark.parametrize("columns", [5, 127, 128, 129, 200])
+@pytest.mark.parametrize("columns", [5, 31, 32, 33, 200])
 def test_equals_optimal_brain_surgery_in_a_fixed_order(columns):
     x = correlated(3, columns=columns, tokens=400)
     gram, rng = x.T @ x, torch.Generator().manual_seed(1)
@@ -177,4 +177,4 @@ def test_a_wrong_update_is_caught(monkeypatch, bug):
     monkeypatch.setattr(gptq, "inverse_factor", wrong)
     with pytest.raises(AssertionError):
         test_it_loses_less_on_the_inputs_it_saw(3, True)
-        test_equals_optimal_brain_surgery_in_a_fixed_order(129)
+        test_equals_optimal_brain_surgery_in_a_fixed_order(33)
