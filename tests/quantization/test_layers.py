@@ -185,3 +185,11 @@ def test_gradients_flow_through_packed_weights_and_no_floats_wait_for_them(bits)
     plain = nn.functional.linear(x, layer.dense_weight(), layer.bias)
     (wanted,) = torch.autograd.grad(plain.square().sum(), x)
     assert torch.allclose(y, plain, atol=1e-6) and torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_one_token_gets_its_gradient():
+    """The kernel in C has none: where one is wanted, it must stand aside."""
+    layer = RTN(**SETTINGS).replacement(nn.Linear(64, 16))
+    x = torch.randn(1, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense_weight().sum(0, keepdim=True))

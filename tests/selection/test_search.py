@@ -328,3 +328,12 @@ def test_the_journal_is_plain_text(tmp_path):
     path: Path = tmp_path / "s.journal"
     search(storage=path).run(2)
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch):
+    def refused(pid, signal):
+        raise PermissionError
+
+    assert not searches._alive(2**22 + 1)
+    monkeypatch.setattr(os, "kill", refused)
+    assert searches._alive(1)

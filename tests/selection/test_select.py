@@ -213,6 +213,9 @@ def test_only_more_than_three_standard_errors_are_hopeless(learned, limit):
     evaluate = Evaluate(*learned, Forward(), Constraints(min_score=limit))
     scores = (Reading(limit - n, "", "measured", 1.0) for n in (2.9, 3.1))
     assert [evaluate.hopeless(score) for score in scores] == [False, True]
+    fewer = dataclasses.replace(evaluate, task=dataclasses.replace(evaluate.task, score=Score("loss", "", "lower")))
+    scores = (Reading(limit + n, "", "measured", 1.0) for n in (-50.0, 2.9, 3.1))
+    assert [fewer.hopeless(score) for score in scores] == [False, False, True]
 
 
 def test_the_frontier_leaves_out_what_was_scored_on_a_share():

@@ -141,7 +141,7 @@ def test_twice_replaces_the_draft():
 
 def test_traits_say_what_the_draft_does_to_the_model():
     assert Speculative(RTN()).breaks == RTN().breaks and not FLOAT_WEIGHTS.holds(Speculative(RTN())(decoder()))
-    assert not Speculative(EarlyExit()).breaks
+    assert not Speculative(EarlyExit()).breaks and RTN().needs < Speculative(RTN()).needs
     with pytest.raises(ValueError, match="RTN needs float weights, which Speculative removes; put RTN first"):
         Pipeline((Speculative(RTN()), RTN()))
     both = Pipeline((RTN(bits=4, group_size=8), Speculative(EarlyExit(0.5))))(decoder())
