@@ -46,5 +46,5 @@ def journal(path: Path) -> JournalStorage:
 
 def mend(path: Path) -> None:
     """Cuts off what follows the last whole line."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)

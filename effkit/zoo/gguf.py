@@ -25,11 +25,11 @@ _FIELDS = {
     "kv_heads": "attention.head_count_kv", "d_ff": "feed_forward_length", "rope_theta": "rope.freq_base",
     "norm_eps": "attention.layer_norm_rms_epsilon",
 }  # fmt: skip
-ROWS = 4096
+ROWS = 512
 
 
 def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """Model and tokenizer; no more than a few rows are ever held in float32 beside it. Raises ValueError for another
+    """Model and tokenizer; the floats of one tensor's rows at a time stand beside it. Raises ValueError for another
     architecture."""
     reader = gguf.GGUFReader(str(path))
     if (kind := field(reader, "general.architecture")) != "llama":
@@ -63,7 +63,7 @@ def field(reader: gguf.GGUFReader, key: str):
 
 def floats(stored: gguf.ReaderTensor, dtype: torch.dtype) -> Tensor:
     """A stored tensor as numbers, some rows at a time: the package dequantizes through several copies in float32."""
-    rows = [stored.data] if stored.data.ndim < 2 else np.array_split(stored.data, -(-len(stored.data) // ROWS))
+    rows = [stored.data] if stored.data.ndim < 2 else np.array_split(stored.data, -(-len(stored.data) // ROWS) or 1)
     return torch.cat([torch.tensor(dequantize(part, stored.tensor_type)).to(dtype) for part in rows])
 
 
