@@ -219,7 +219,7 @@ class RTN(Technique):
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             return None
         kind: Any = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-        return kind.from_float(layer, self.store(bake(layer).weight.detach().flatten(1), seen))
+        return kind.from_float(layer, self.store(bake(layer).get_parameter("weight").detach().flatten(1), seen))
 
     def store(self, weight: Float[Tensor, "rows n"], seen: Statistics | None) -> PackedWeight:
         """The weight, packed."""
