@@ -135,10 +135,9 @@ def _size(before: Report, after: Report) -> str:
 
 
 def _training(before: Report, after: Report) -> str:
-    """Said where a technique freezes parameters, not where it merely has fewer."""
-    fewer = ratio(before, after, "trainable")
-    frozen = fewer > 2 * ratio(before, after, "parameters")
-    return f", with {fewer:.0f}x fewer parameters to train" if frozen else ""
+    """Said where a technique trains what it adds, not where it merely has fewer, nor where packed codes can't be trained."""
+    fewer, added = ratio(before, after, "trainable"), ratio(before, after, "parameters") < 1
+    return f", with {fewer:.0f}x fewer parameters to train" if added and fewer > 2 else ""
 
 
 def _gain(before: Report, after: Report) -> str:

@@ -116,3 +116,16 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def shown() -> tour.Stop:
     return stop(report("a", latency=1.0), report("b", latency=1.0))
+
+
+@pytest.mark.parametrize("held, trained, speaks", [(1100, 50, True), (1000, 50, False), (500, 500, False)])
+def test_only_who_trains_what_was_added_has_fewer_parameters_to_train(held, trained, speaks):
+    """Adapters; not packed codes, which can't be trained at all, and not a model that is merely smaller."""
+
+    def with_parameters(name, parameters, trainable):
+        counts = {"parameters": parameters, "trainable": trainable}
+        counted = {key: Reading(n, "params", "counted", better="lower") for key, n in counts.items()}
+        return Report(name, {**report(name, latency=1.0).readings, **counted})
+
+    verdict = said(with_parameters("a", 1000, 1000), with_parameters("b", held, trained))
+    assert ("20x fewer parameters to train" in verdict) == speaks and ("to train" in verdict) == speaks
