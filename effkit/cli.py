@@ -124,10 +124,7 @@ def select(
     from effkit.selection.space import default_space
 
     with one_sentence(ValueError, OSError):
-        limits, space = (
-            Constraints(max_bytes, max_latency, min_score),
-            default_space(longest=longest, training=training),
-        )
+        limits, space = Constraints(max_bytes, max_latency, min_score), default_space(longest=longest, training=training)
         options = {"trials": trials, "seed": seed, "sampler": sampler, "prefer": prefer, "space": space}
         found, paths = report.run(model, limits, study, **options)
         typer.echo(f"{found}\n\nwritten: {', '.join(map(str, paths))}")

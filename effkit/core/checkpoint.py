@@ -27,6 +27,7 @@ _TORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNo
           nn.Embedding, nn.ReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Identity, nn.Flatten,
           nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # fmt: skip
 KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in _TORCH}
+SAME = "="
 _CONTAINERS = {"Sequential": nn.Sequential, "ModuleList": nn.ModuleList}
 
 
@@ -79,11 +80,15 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
 
 
 def describe(model: nn.Module) -> dict[str, list]:
-    """path -> [kind, numbers, parametrizations] for every module of a known kind, parents before children."""
-    result = {}
-    for path, module in model.named_modules():
+    """path -> [kind, numbers, parametrizations] for every module of a known kind, parents before children; of a module
+    that stands in a second place [SAME, its first path, {}]."""
+    result: dict[str, list] = {}
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         kind = parametrize.type_before_parametrizations(module)
-        if kind in (nn.Sequential, nn.ModuleList):
+        if (original := first.setdefault(id(module), path)) != path:
+            result[path] = [SAME, original, {}]
+        elif kind in (nn.Sequential, nn.ModuleList):
             result[path] = [kind.__name__, list(module._modules), {}]
         elif KINDS.get(kind.__name__) is kind and "parametrizations" not in path:
             lists = getattr(module, "parametrizations", {}).items()
@@ -129,7 +134,9 @@ def _place(model: nn.Module, path: str, spec: list) -> nn.Module:
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     there = holder._modules.get(name)
-    if there is None or describe(there).get("") != spec:
+    if spec[0] == SAME:
+        holder._modules[name] = model.get_submodule(spec[1])
+    elif there is None or describe(there).get("") != spec:
         holder._modules[name] = _make(spec)
     return model
 

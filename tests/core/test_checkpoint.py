@@ -103,3 +103,13 @@ def test_the_same_bytes_read_as_two_dtypes_are_two_tensors(tmp_path):
     save(made, path)
     opened = load(path, base=Both())
     assert opened.ints.dtype == torch.int32 and torch.equal(opened.ints, made.ints)
+
+
+def test_a_module_that_stands_in_two_places_is_one_in_the_file_too(tmp_path):
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(nn.Tanh(), shared), shared).eval()
+    save(model, tmp_path / "m.safetensors")
+    opened = load(tmp_path / "m.safetensors")
+    assert opened[0] is opened[2][1] is opened[3] and opened[0].weight is opened[3].weight
+    x = torch.randn(3, 4)
+    assert torch.equal(opened(x), model(x))
