@@ -3,21 +3,21 @@
 import pytest
 import torch
 
+from effkit.core import training
 from effkit.peft import LoRA, ledger
-from effkit.peft.ledger import memory_ledger, trained, trained_share
+from effkit.peft.ledger import memory_ledger, trained_share
 from effkit.quantization import RTN
 from tests.subjects import gpt, language_task
 
 
 def held_after_a_step(model, task):
-    """Bytes of gradients and moments that exist once a step was made; AdamW's counter of steps aside."""
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
-    batch = task.train.at(0)
-    task.loss(model(batch[0]), batch).backward()
-    optimizer.step()
+    """Bytes of gradients, and of float32 copies and moments, that exist once `fit` made a step; AdamW's counter aside."""
+    run = training._Run.of(model, task, training.Schedule(steps=1), None)
+    training._step(run, 0)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-    gradients = size(p.grad for p in model.parameters() if p.grad is not None)
-    return gradients, size(t for s in optimizer.state.values() for k, t in s.items() if k != "step")
+    copies = [master for name, master in run.masters.items() if master is not run.trained[name]]
+    gradients = size(p.grad for p in (*model.parameters(), *copies) if p.grad is not None)
+    return gradients, size(copies) + size(t for s in run.optimizer.state.values() for k, t in s.items() if k != "step")
 
 
 CASES = {
