@@ -2,6 +2,7 @@
 
 affine      the map between reals and codes, groups, packing
 observers   which range: min-max, least squares
+layers      layers whose weight stands in a store; the base of weight-only techniques
 packed      RTN: round to nearest, stored packed
 integer     W8A8: int8 matrix products with dynamic activation scales
 gptq        GPTQ: rounding that passes its errors on

@@ -61,8 +61,11 @@ def storable(scale: Float[Tensor, "*g 1"]) -> Float[Tensor, "*g 1"]:
 def quantize(
     x: Float[Tensor, "*g n"], scale: Float[Tensor, "*g 1"], zero_point: Float[Tensor, "*g 1"], *, bits: int
 ) -> UInt8[Tensor, "*g n"]:
-    """q = clamp(round(x / scale) + zero_point); ties to even, as everywhere in IEEE arithmetic."""
-    return ((x.float() / scale).round() + zero_point).clamp(0, 2**bits - 1).to(torch.uint8)
+    """q = clamp(round(x / scale + zero_point)); ties to even, as everywhere in IEEE arithmetic.
+
+    The whole part of the zero point is added after rounding: before, it would cost digits, and turn ties to odd."""
+    whole = zero_point.round()
+    return ((x.float() / scale + (zero_point - whole)).round() + whole).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def dequantize(

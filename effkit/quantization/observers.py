@@ -62,3 +62,5 @@ def better(x: Tensor, best: Grid, least: Tensor, candidate: Grid, bits: int) -> 
 
 
 OBSERVERS = {"min-max": min_max, "least-squares": least_squares}
+#: observers whose zero points are real numbers
+REAL_ZERO: frozenset[str] = frozenset()
