@@ -10,13 +10,15 @@ Source    Hassibi & Stork 1993, Second order derivatives for network pruning, NI
           error is 2 G); Frantar & Alistarh 2022, arXiv:2208.11580, eq. 2.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effkit.core.checkpoint import digest, fingerprint
 from effkit.core.surgery import is_linear_like, matching
 from effkit.core.task import Task
 from effkit.core.technique import evaluating
@@ -70,6 +72,32 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
     """
     if task.calib is None:
         raise ValueError("gather reads task.calib, which this task lacks; pass Task(calib=...)")
+    if _memory is None:
+        return _gather(model, task, layers, dtype)
+    key = (repr(model), fingerprint([model]), digest((str(i), x) for i, (x, _) in enumerate(task.calib)), layers, dtype)
+    if key not in _memory:
+        _memory.clear()  # of one question only: they are large
+        _memory[key] = _gather(model, task, layers, dtype)
+    return _memory[key]
+
+
+#: what was gathered last, while somebody wants it kept
+_memory: dict[tuple, Calibration] | None = None
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within, techniques that ask the same of the same weights and the same inputs one after another share one answer:
+    a model is looked at once, and then compressed in ten ways."""
+    global _memory
+    before, _memory = _memory, {}
+    try:
+        yield
+    finally:
+        _memory = before
+
+
+def _gather(model: nn.Module, task: Task, layers: str, dtype: torch.dtype) -> Calibration:
     # reading needs no permission: tied layers, which `find` would leave alone, are watched as well
     watched = {path: _Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
     batches = 0

@@ -186,21 +186,22 @@ def read_tensors(path: Path, way_out: str = "fetch or make it again") -> tuple[d
 
 
 def _digest(header: dict, tensors: dict[str, Tensor]) -> str:
-    return _sha256(json.dumps(header, sort_keys=True).encode(), sorted(tensors.items()))
+    return digest(sorted(tensors.items()), json.dumps(header, sort_keys=True).encode())
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:
     """SHA-256 over all tensors of the modules, in order: whether these are the very weights that something was made for."""
-    return _sha256(b"", (item for module in modules for item in module.state_dict().items()))
+    return digest(item for module in modules for item in module.state_dict().items())
 
 
-def _sha256(start: bytes, named: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256(start)
+def digest(named: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors."""
+    hashed = hashlib.sha256(start)
     for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(content.view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()
+        hashed.update(content.view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return hashed.hexdigest()
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:

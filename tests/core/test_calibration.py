@@ -1,5 +1,7 @@
 """What calibration sees: the sums are right, the model is untouched, and nothing empty passes."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,3 +157,19 @@ def test_a_sum_that_forgets_earlier_batches_is_caught(monkeypatch):
     monkeypatch.setattr(calibration._Running, "watch", forgetful)
     with pytest.raises(AssertionError):
         test_sums_equal_those_over_all_tokens_at_once()
+
+
+def test_within_remembering_the_same_question_is_answered_once(monkeypatch):
+    asked, real = [], calibration._gather
+    monkeypatch.setattr(calibration, "_gather", lambda *args: asked.append(args) or real(*args))
+    model, data = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), task()
+    with calibration.remembering():
+        first = gather(model, data)
+        assert gather(copy.deepcopy(model), data) is first and len(asked) == 1
+        gather(model, data, layers="0")
+        gather(model, task(n=19))
+        with torch.no_grad():
+            model[1].bias += 1
+        gather(model, task(n=19))
+        assert len(asked) == 4, "other layers, other inputs and other weights are other questions"
+    assert gather(model, data) is not gather(model, data), "outside, nothing is kept"
