@@ -161,6 +161,20 @@ def train(name: Annotated[str, typer.Argument(help="A shipped checkpoint, such a
 
 
 @app.command(rich_help_panel="Develop")
+def study(name: Annotated[str, typer.Argument(help="A recorded study, such as pairs.")]) -> None:
+    """Run a study; after an interruption the same call goes on."""
+    import importlib
+
+    from effkit.core.checks import require_choice
+    from effkit.studies import STUDIES
+
+    with one_sentence(ValueError, OSError):
+        require_choice("the study", name, STUDIES)
+        found = importlib.import_module(f"effkit.studies.{name}").STUDY
+        typer.echo(f"{len(found.run()['cells'])} cells in {found.path}")
+
+
+@app.command(rich_help_panel="Develop")
 def selftest() -> None:
     """Prove that every exercise's reference passes and every planted mistake is caught."""
     from effkit.exercises import catalogue, selftest

@@ -36,8 +36,12 @@ MAY_IMPORT = {
 BORROWED: set[tuple[str, str]] = set()
 #: lines of code (docstrings, comments and blank lines are the book around them); why these: docs/decisions.md
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 250, 40
-MOST_LINES_OF_THE_LIBRARY, MOST_LINES_OF_A_CHAPTER = 9_000, 1_100
-MOST_LINES_OF_THE_FRAME = 3_650  # core, measure, zoo, studies and the modules beside them: may only be lowered
+MOST_LINES_OF_A_CHAPTER, MOST_LINES_OF_A_DEEP_CHAPTER = 1_100, 1_700
+DEEP = {"quantization"}  # chapters with every method of their ladder
+MOST_LINES_OF_THE_LIBRARY = 9_000 + len(DEEP) * (MOST_LINES_OF_A_DEEP_CHAPTER - MOST_LINES_OF_A_CHAPTER)
+MOST_LINES_OF_THE_FRAME = 3_645  # core, measure, zoo, training and the modules beside them: may only be lowered
+#: a study is part of the chapter or theme that it serves
+STUDY_OF = {"pairs": "combining", "quantization": "quantization"}
 
 
 def layer(path: Path) -> str:
@@ -104,12 +108,14 @@ def code_lines(source: str) -> set[int]:
 def test_the_library_stays_small():
     sizes = {path: len(code_lines(path.read_text())) for path in FILES if layer(path) != "exercises"}
     chapters = {*PARADIGMS, *THEMES}
+    owner = {path: STUDY_OF.get(path.stem, "studies") if layer(path) == "studies" else layer(path) for path in sizes}
     way_out = "say once what is said twice; docs/decisions.md says why there is a limit"
     for chapter in chapters:
-        held = sum(n for path, n in sizes.items() if layer(path) == chapter)
-        assert held <= MOST_LINES_OF_A_CHAPTER, f"{chapter} has {held} lines of code, at most {MOST_LINES_OF_A_CHAPTER}: {way_out}"
+        held = sum(n for path, n in sizes.items() if owner[path] == chapter)
+        most = MOST_LINES_OF_A_DEEP_CHAPTER if chapter in DEEP else MOST_LINES_OF_A_CHAPTER
+        assert held <= most, f"{chapter} has {held} lines of code, at most {most}: {way_out}"
     assert sum(sizes.values()) <= MOST_LINES_OF_THE_LIBRARY, f"{sum(sizes.values())} lines of code in all: {way_out}"
-    frame = sum(n for path, n in sizes.items() if layer(path) not in chapters)
+    frame = sum(n for path, n in sizes.items() if owner[path] not in chapters)
     assert frame <= MOST_LINES_OF_THE_FRAME, f"the frame has {frame} lines of code, at most {MOST_LINES_OF_THE_FRAME}: {way_out}"
     long = {str(p.relative_to(ROOT)): n for p, n in sizes.items() if n > MOST_LINES_OF_A_FILE}
     assert not long, f"files over {MOST_LINES_OF_A_FILE} lines of code: {long}"

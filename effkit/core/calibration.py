@@ -104,7 +104,7 @@ def _gather(model: nn.Module, task: Task, layers: str, dtype: torch.dtype) -> Ca
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for seen in watched.values():
             hooks.callback(seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True).remove)
-        for inputs, _ in task.calib:
+        for inputs, _ in task.calib:  # type: ignore[union-attr]
             model(inputs)
             batches += 1
     if batches == 0:

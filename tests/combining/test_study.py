@@ -1,5 +1,6 @@
 """The study of pairs: it goes on where it stopped, refuses another's results, and records what is forbidden."""
 
+import importlib
 import json
 import platform
 from dataclasses import replace
@@ -34,8 +35,8 @@ def small(monkeypatch):
 
 
 def test_every_pair_has_its_losses_or_its_reason(small, tmp_path):
-    study = pairs.run(tmp_path / "pairs.json")
-    assert study == pairs.read(tmp_path / "pairs.json") and len(study["cells"]) == 10
+    study = pairs.STUDY.run(tmp_path / "pairs.json")
+    assert study == pairs.STUDY.read(tmp_path / "pairs.json") and len(study["cells"]) == 10
     found = pairs.pairs(study)
     assert len(found) == 6
     refused = {pair for pair, entry in found.items() if isinstance(entry, str)}
@@ -59,26 +60,26 @@ def test_an_interrupted_study_goes_on(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pairs, "cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pairs.run(tmp_path / "pairs.json")
+        pairs.STUDY.run(tmp_path / "pairs.json")
     kept = json.loads((tmp_path / "pairs.json").read_text())["cells"]
     again = []
     monkeypatch.setattr(pairs, "cell", lambda *args: again.append(args[0]) or real(*args))
-    study = pairs.run(tmp_path / "pairs.json")
+    study = pairs.STUDY.run(tmp_path / "pairs.json")
     assert len(kept) == 4 and len(again) == 6 and not set(again) & set(done)
     assert all(study["cells"][name] == entry for name, entry in kept.items())
 
 
 def test_results_of_other_settings_are_refused(small, tmp_path, monkeypatch):
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs.header()))
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs.STUDY.header()))
     monkeypatch.setattr(pairs, "WINDOWS", 9)
     with pytest.raises(ValueError, match="begun with windows 8, not 9; delete it to start over"):
-        pairs.run(tmp_path / "pairs.json")
+        pairs.STUDY.run(tmp_path / "pairs.json")
 
 
 @pytest.mark.slow
 def test_a_recorded_cell_comes_out_again():
     """What the notebook shows as recorded: two cells of ten, computed anew from the shipped checkpoint."""
-    study = pairs.read()
+    study = pairs.STUDY.read()
     if platform.python_version_tuple()[:2] != tuple(study["python"].split(".")[:2]):
         pytest.skip(f"the study was made with the standard library of Python {study['python']}: other text, other losses")
     model, task = zoo.load("gpt-small")
@@ -90,5 +91,20 @@ def test_a_recorded_cell_comes_out_again():
 
 
 def test_a_missing_study_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m effkit.studies.pairs"):
-        pairs.read(tmp_path / "pairs.json")
+    with pytest.raises(FileNotFoundError, match="python -m effkit study pairs"):
+        pairs.STUDY.read(tmp_path / "pairs.json")
+
+
+def test_the_command_line_runs_every_study(small, monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from effkit import studies
+    from effkit.cli import app
+
+    for name in studies.STUDIES:
+        assert importlib.import_module(f"effkit.studies.{name}").STUDY.name == name
+    monkeypatch.setattr(type(pairs.STUDY), "path", property(lambda self: tmp_path / f"{self.name}.json"))
+    done = CliRunner().invoke(app, ["study", "pairs"])
+    assert done.exit_code == 0 and "10 cells" in done.output and pairs.STUDY.read()["cells"]
+    refused = CliRunner().invoke(app, ["study", "nothing"])
+    assert refused.exit_code != 0 and "'pairs'" in refused.output
