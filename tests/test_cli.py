@@ -173,7 +173,7 @@ def test_the_bibliography_holds_each_paper_once_and_is_in_order():
     papers = {kind.paper.identifier for kind in catalog.techniques().values() if kind.paper.identifier}
     assert len(lines) == len(papers) and lines == sorted(lines)
     assert all(sum(paper in line for line in lines) == 1 for paper in papers)
-    assert next(line for line in lines if "arXiv:1712.05877" in line).endswith("[RTN]")
+    assert next(line for line in lines if "arXiv:1712.05877" in line).endswith("[IntegerOnly, RTN]")
 
 
 def test_progress_lists_the_exercises(tmp_path):

@@ -5,17 +5,25 @@ observers   which range: min-max, least squares
 layers      layers whose weight stands in a store; the base of weight-only techniques
 packed      RTN: round to nearest, stored packed
 integer     W8A8: int8 matrix products with dynamic activation scales
+integer_net    operators on int8 codes: fixed-point multipliers instead of scales
+integer_only   IntegerOnly: a calibrated model without floats inside
 gptq        GPTQ: rounding that passes its errors on
+mixed       MixedPrecision: widths chosen layer by layer under a budget
+inputs      what layers see, on a grid too; products of both grids' codes
 qat         QAT: train through the rounding
+lsq         LSQ: the step is learned
 """
 
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.quantization.gptq import GPTQ
 from effkit.quantization.integer import W8A8
+from effkit.quantization.integer_only import IntegerOnly
+from effkit.quantization.lsq import LSQ
+from effkit.quantization.mixed import MixedPrecision
 from effkit.quantization.packed import RTN
 from effkit.quantization.qat import QAT
 
-__all__ = ["GPTQ", "QAT", "RTN", "SHOWCASE", "W8A8"]
+__all__ = ["GPTQ", "LSQ", "IntegerOnly", "MixedPrecision", "QAT", "RTN", "SHOWCASE", "W8A8"]
 
 SHOWCASE = Showcase(
     "quantization",
