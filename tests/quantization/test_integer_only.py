@@ -165,7 +165,7 @@ def test_shipped_models_equal_the_emulation(name):
 def test_accuracy_stays_within_a_point(name):
     model, task = zoo.load(name)
     with torch.no_grad():
-        before, after = (task.per_example(m, task.test).mean().item() for m in (model, IntegerOnly()(model, task)))
+        before, after = (task.per_example(m, task.test.first(500)).mean() for m in (model, IntegerOnly()(model, task)))
     assert before > 0.9 and abs(after - before) <= 0.01
 
 
