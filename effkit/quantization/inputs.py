@@ -13,7 +13,6 @@ Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1 and 7 (the zero point's par
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -73,11 +72,9 @@ class InputGrid(nn.Module):
 
 @stored
 class RoundedLinear(QuantizedLinear):
-    """y = x_hat W_hat^T + b, both factors on their grids."""
+    """y = x_hat W_hat^T + b, both factors on their grids; `input_grid` is put in by whoever knows it."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
-        self.input_grid: Any = nn.Identity()
+    input_grid: InputGrid
 
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
         if not self.runs_in_integers() or torch.is_grad_enabled() and x.requires_grad:
@@ -104,11 +101,7 @@ class RoundedLinear(QuantizedLinear):
 class RoundedConv2d(QuantizedConv2d):
     """A convolution of rounded inputs with rounded filters, in floats."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size, stride, padding, dilation, groups: int, bias: bool
-    ):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.input_grid: Any = nn.Identity()
+    input_grid: InputGrid
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         return super().forward(self.input_grid(x))

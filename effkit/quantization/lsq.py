@@ -6,8 +6,10 @@ Idea      Make the step s a parameter. With v_hat = s round(clip(v / s, -Q_N, Q_
               d v_hat / d s = round(v / s) - v / s    inside,  -Q_N or Q_P  where v is clipped,
           so a step grows where clipped values ask for room, and shrinks where the others would lie nearer to the grid.
 Scale     One step gathers the gradients of N numbers, so it would run away from the weights: its gradient is multiplied
-          by g = 1 / sqrt(N Q_P). AdamW, which `fit` uses, divides each gradient by its own size, so there g only
-          keeps the steps from using up the norm to which gradients are clipped; under SGD, as in the paper, it decides.
+          by g = 1 / sqrt(N Q_P). That decides under SGD, the paper's optimizer. AdamW, which `fit` uses, divides each
+          gradient by its own size and moves every parameter by about the learning rate: 0.001 would be a fifth of a
+          large layer's 8-bit step, and next to nothing of an input's. So what is learned is s over its first value, and
+          all steps move by the same share of themselves.
 Grids     Weights: Q_N = 2^(b-1), Q_P = 2^(b-1) - 1. Inputs that were never negative in task.calib (behind a ReLU, or
           pixels): Q_N = 0, Q_P = 2^b - 1; other inputs as weights. Zero is a point of either.
 Stored    The step as PackedWeight keeps it, in bfloat16; training sees that value, so what is packed was trained.
@@ -39,33 +41,36 @@ def first_step(magnitude: Float[Tensor, "*g 1"], most: int) -> Float[Tensor, "*g
 
 
 class StoredStep(torch.autograd.Function):
-    """|s| as it will be stored. Its gradient passes as if that were s itself, multiplied by g."""
+    """The step as it will be stored. Its gradient passes as if that were the step itself, multiplied by g."""
 
     @staticmethod
     def forward(ctx, step, g):
-        ctx.factor = torch.where(step < 0, -g, g)
-        return storable(step.abs())
+        ctx.g = g
+        return storable(step)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.factor, None
+        return gradient * ctx.g, None
 
 
 class LearnedStep(nn.Module):
-    """Rounds inputs to s * (-Q_N ... Q_P), s a parameter.
+    """Rounds inputs to s * (-Q_N ... Q_P), s a parameter: `share` of the `first` step, by magnitude.
 
-    magnitude   mean |v| of the values that share a step;  count   how many they are, N in the paper
+    magnitude   mean |v| of the values that have this step;  count   how many they are, N in the paper
     """
+
+    first: Tensor
 
     def __init__(self, magnitude: Float[Tensor, "*g 1"], count: int, *, bits: int, signed: bool):
         super().__init__()
         self.bits, self.least = bits, 2 ** (bits - 1) if signed else 0
         most = 2**bits - 1 - self.least
         self.g = (count * most) ** -0.5
-        self.step = nn.Parameter(first_step(magnitude, most))
+        self.register_buffer("first", first_step(magnitude, most))
+        self.share = nn.Parameter(torch.ones_like(self.first))
 
     def grid(self) -> Grid:
-        step = StoredStep.apply(self.step, self.g)
+        step = StoredStep.apply(self.share.abs() * self.first, self.g)
         return step, torch.full_like(step, self.least)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def test_gradients_are_those_of_equations_3_and_5(n, bits, signed, magnitude, sp
     ).item()  # the gradient is taken at the value that is stored
     step, values = expected_gradients(v.detach(), stored, upstream, least, most)
     scale = (n * most) ** -0.5
-    assert rounding.step.grad.item() == pytest.approx(scale * step, rel=1e-4, abs=1e-4 * scale * n**0.5 * most)
+    found = (rounding.share.grad / rounding.first).item()  # what is learned is the step over its first value
+    assert found == pytest.approx(scale * step, rel=1e-4, abs=1e-4 * scale * n**0.5 * most)
     assert np.allclose(v.grad.double().numpy(), values, rtol=1e-6, atol=0)
 
 
@@ -87,7 +88,8 @@ def test_the_ends_of_the_grid_count_as_clipped():
     v = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.5], requires_grad=True)
     rounding = LearnedStep(torch.tensor(0.5), 5, bits=2, signed=True)
     rounding(v).sum().backward()
-    assert v.grad.tolist() == [0, 1, 1, 0, 0] and rounding.step.grad.item() == pytest.approx((-2 + 1 + 1) * 5**-0.5)
+    assert rounding.first == 1 and v.grad.tolist() == [0, 1, 1, 0, 0]
+    assert rounding.share.grad.item() == pytest.approx((-2 + 1 + 1) * 5**-0.5)
 
 
 @settings(max_examples=30)
@@ -110,9 +112,10 @@ def test_the_step_s_gradient_is_a_finite_difference_where_there_is_one(n, bits, 
 @pytest.mark.parametrize("bits, signed, most", [(2, True, 1), (2, False, 3), (4, True, 7), (8, False, 255)])
 def test_the_first_step_is_two_mean_magnitudes_over_the_root_of_the_largest_code(bits, signed, most):
     w = drawn(7, 5)
-    assert LearnedStep(w.abs().mean(), 35, bits=bits, signed=signed).step.item() == pytest.approx(
-        2 * w.abs().mean().item() / most**0.5
-    )
+    rounding, first = LearnedStep(w.abs().mean(), 35, bits=bits, signed=signed), 2 * w.abs().mean().item() / most**0.5
+    assert (rounding.share * rounding.first).item() == pytest.approx(first) and first <= rounding.grid()[
+        0
+    ] < 1.01 * first
     assert first_step(torch.zeros(3, 1), 7).tolist() == [[1], [1], [1]]
 
 
@@ -120,7 +123,7 @@ def test_weights_of_a_layer_share_one_step_and_its_gradient_is_scaled_by_their_n
     layer = nn.Linear(30, 20)
     LSQ(bits=3).begin(layer)
     rounding = layer.parametrizations.weight[0]
-    assert rounding.step.numel() == 1 and rounding.g == pytest.approx((600 * 3) ** -0.5)
+    assert rounding.share.numel() == 1 and rounding.g == pytest.approx((600 * 3) ** -0.5)
     assert LearnedWeightStep(layer.weight, bits=3, group_size=-1).g == pytest.approx((30 * 3) ** -0.5)
 
 
@@ -160,7 +163,7 @@ def test_packed_equals_simulated_bit_for_bit(rows, columns, bits, group_size, ki
     w = awkward(drawn(rows, columns, seed=rows * 301 + columns), kind).to(dtype)
     rounding = LearnedWeightStep(w, bits=bits, group_size=group_size)
     with torch.no_grad():
-        rounding.step.mul_(1 + 0.1 * drawn(*rounding.step.shape))
+        rounding.share.mul_(1 + 0.1 * drawn(*rounding.share.shape))
         assert torch.equal(rounding.pack(w)().to(dtype), rounding(w))
 
 
@@ -168,11 +171,11 @@ def test_a_step_that_training_pushes_below_zero_is_its_magnitude():
     w = drawn(4, 9)
     rounding = LearnedWeightStep(w, bits=3, group_size=0)
     positive = rounding(w)
-    gradient = torch.autograd.grad(positive.square().sum(), rounding.step)[0]
+    gradient = torch.autograd.grad(positive.square().sum(), rounding.share)[0]
     with torch.no_grad():
-        rounding.step.neg_()
+        rounding.share.neg_()
     assert torch.equal(rounding(w), positive)
-    assert torch.equal(torch.autograd.grad(rounding(w).square().sum(), rounding.step)[0], -gradient)
+    assert torch.equal(torch.autograd.grad(rounding(w).square().sum(), rounding.share)[0], -gradient)
 
 
 def packed_and_last_pass(technique, model, task, monkeypatch):
@@ -256,7 +259,9 @@ def up_to_bfloat16(x: np.float32) -> np.float32:
 
 
 class NumpyLSQ:
-    """Two layers of LSQ and their backward pass by hand, float32, written from the paper: eq. 1 to 5, plain SGD."""
+    """Two layers of LSQ and their backward pass by hand, float32, written from the paper: eq. 1 to 5, plain SGD.
+
+    A step that is learned as a share of its first value moves by that value squared times what it would move by itself."""
 
     def __init__(self, weights, biases, bits, first_inputs, hidden):
         self.w, self.b = weights, biases
@@ -268,6 +273,7 @@ class NumpyLSQ:
         start = lambda v, most: np.float32(2 * np.abs(v).mean() / np.sqrt(most))  # noqa: E731
         self.s_w = [start(w, self.most_w) for w in weights]
         self.s_x = [start(v, most) for v, (_, most) in zip((first_inputs, hidden), self.limits_x, strict=True)]
+        self.first_w, self.first_x = [*self.s_w], [*self.s_x]
 
     @staticmethod
     def round(v, s, least, most):
@@ -294,8 +300,9 @@ class NumpyLSQ:
         for i in (1, 0):
             x_hat, (in_x, ds_x), w_hat, (in_w, ds_w), out = tape[i]
             to_w, to_x = gradient.T @ x_hat, gradient @ w_hat
-            self.s_w[i] -= np.float32(lr * (to_w * ds_w).sum() / np.sqrt(self.w[i].size * self.most_w))
-            self.s_x[i] -= np.float32(lr * (to_x * ds_x).sum() / np.sqrt(x_hat.shape[1] * self.limits_x[i][1]))
+            by_g_w, by_g_x = self.w[i].size * self.most_w, x_hat.shape[1] * self.limits_x[i][1]
+            self.s_w[i] -= np.float32(lr * self.first_w[i] ** 2 * (to_w * ds_w).sum() / np.sqrt(by_g_w))
+            self.s_x[i] -= np.float32(lr * self.first_x[i] ** 2 * (to_x * ds_x).sum() / np.sqrt(by_g_x))
             self.w[i] = self.w[i] - np.float32(lr) * to_w * in_w
             self.b[i] = self.b[i] - np.float32(lr) * gradient.sum(0)
             gradient = to_x * in_x * (tape[0][4] > 0 if i == 1 else 1)
