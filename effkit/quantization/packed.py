@@ -129,13 +129,13 @@ class RTN(WeightOnly):
 
     bits        2 to 8
     group_size  weights of a row that share a scale; -1 a whole row, 0 the whole tensor
-    search      how the range is found: "min-max", or "least-squares", slower and never worse in squared error
+    search      how the range is found (observers.py): "min-max" is quick, "least-squares" never worse in squared error
     """
 
     bits: int = 4
     group_size: int = 32
     symmetric: bool = False
-    search: Literal["min-max", "least-squares"] = "min-max"
+    search: Literal["min-max", "percentile", "least-squares", "kl", "real-zero", "hqq"] = "min-max"
     layers: str = "*"
 
     paper = Paper("Jacob et al.", 2017,
