@@ -8,6 +8,9 @@ Cost      A training run; the result is packed like any RTN model.
 Ends      `ends` gives the first and the last layer that run another width. In a network of many layers they are few
           weights, and 8 bits there are the custom since Choi et al. 2018, arXiv:1805.06085; in a small MLP the first
           is half of all weights, so the default keeps the promise that `bits` makes.
+Norms     A weight near the middle between two codes flips to and fro to the last step, and the averages that a batch norm
+          keeps remember the other code. Afterwards they are taken anew (Nagel et al. 2022, arXiv:2203.11086): of three
+          trained ResNets of 2-bit weights and inputs one went from 8.4 % errors to 2.4 (500 images), two stayed as they were.
 Source    Bengio et al. 2013, arXiv:1308.3432, sec. 4; Jacob et al. 2017, arXiv:1712.05877, sec. 3.
 """
 
@@ -16,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -24,7 +28,7 @@ from effkit.core.checks import require_float, require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import bake, find, note, swap
 from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique
+from effkit.core.technique import Paper, Technique, evaluating
 from effkit.core.training import Schedule, fit
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.quantization.affine import dequantize, grouped, quantize, ungrouped
@@ -96,6 +100,7 @@ class TrainRounded(Technique, ABC):
                 elif self.activation_bits is not None:
                     note(model, layers[layer], "inputs stay float", "no calibration input reached it")
             fit(model, task, Schedule(self.epochs * len(task.train), self.lr), label=name)  # type: ignore[arg-type]
+            estimate_norms_(model, task)
         pack = lambda layer: each[layer].replacement(layer) if layer in each else None  # noqa: E731
         return swap(model, kinds, pack, layers=self.layers, by=name)
 
@@ -127,6 +132,23 @@ class TrainRounded(Technique, ABC):
     def claim(self, model: nn.Module) -> Reading:
         """Bits per weight of the packed layers, everything that a store holds included."""
         return RTN().claim(model)
+
+
+@torch.no_grad()
+def estimate_norms_(model: nn.Module, task: Task, *, batches: int = 20) -> None:
+    """Batch norms' statistics anew, each the mean over some batches of task.train."""
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # all batches count alike
+            norm.train()
+        for step in range(min(batches, len(task.train)) if norms else 0):  # type: ignore[arg-type]
+            model(task.train.at(step)[0])  # type: ignore[union-attr]
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def zero_padded(layer: nn.Module) -> bool:

@@ -182,12 +182,12 @@ def packed_and_last_pass(technique, model, task, monkeypatch):
     """The result, and what the model in training answers after its last step, still simulating."""
     answers = []
 
-    def and_answer(model, task, schedule, **settings):
-        fit(model, task, schedule, **settings)
+    def and_answer(model, task, real=qat.estimate_norms_):
+        real(model, task)
         answers.append(outputs(model.eval(), task))
 
     with monkeypatch.context() as patch:
-        patch.setattr(qat, "fit", and_answer)
+        patch.setattr(qat, "estimate_norms_", and_answer)
         return technique(model, task), answers[0]
 
 
@@ -248,6 +248,24 @@ def test_gradients_flow_through_rounded_layers():
     x = drawn(5, 16).requires_grad_()
     result(x).sum().backward()
     assert x.grad.abs().sum() > 0 and result[0].bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES[:1] + TECHNIQUES[3:4])
+def test_norms_know_the_weights_and_inputs_that_are_packed(technique):
+    """Their statistics are those of batches that run through the result."""
+    model, task = resnet(), image_task()
+    result, seen = technique(model, task), []
+    result.stem.register_forward_hook(lambda _, __, y: seen.append(y.mean((0, 2, 3))))
+    for inputs, _ in task.train:
+        result(inputs)
+    torch.testing.assert_close(result.norm.running_mean, torch.stack(seen).mean(0), atol=1e-5, rtol=1e-4)
+    assert result.norm.momentum == model.norm.momentum and not result.norm.training
+
+
+def test_norms_that_remember_the_training_are_caught(monkeypatch):
+    monkeypatch.setattr(qat, "estimate_norms_", lambda *_: None)
+    with pytest.raises(AssertionError):
+        test_norms_know_the_weights_and_inputs_that_are_packed(TECHNIQUES[0])
 
 
 # training, step by step
