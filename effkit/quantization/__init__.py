@@ -4,9 +4,10 @@ affine      the map between reals and codes, groups, packing
 observers   which range: min-max, least squares
 layers      layers whose weight stands in a store; the base of weight-only techniques
 packed      RTN: round to nearest, stored packed
-integer     W8A8: int8 matrix products with dynamic activation scales
+integer     W8A8: int8 matrix products; activation scales found while running or before, outliers in float
 integer_net    operators on int8 codes: fixed-point multipliers instead of scales
 integer_only   IntegerOnly: a calibrated model without floats inside
+rescale     AWQ and SmoothQuant: what is large changes sides
 gptq        GPTQ: rounding that passes its errors on
 mixed       MixedPrecision: widths chosen layer by layer under a budget
 inputs      what layers see, on a grid too; products of both grids' codes
@@ -22,8 +23,9 @@ from effkit.quantization.lsq import LSQ
 from effkit.quantization.mixed import MixedPrecision
 from effkit.quantization.packed import RTN
 from effkit.quantization.qat import QAT
+from effkit.quantization.rescale import AWQ, SmoothQuant
 
-__all__ = ["GPTQ", "LSQ", "IntegerOnly", "MixedPrecision", "QAT", "RTN", "SHOWCASE", "W8A8"]
+__all__ = ["AWQ", "GPTQ", "LSQ", "IntegerOnly", "MixedPrecision", "QAT", "RTN", "SHOWCASE", "SmoothQuant", "W8A8"]
 
 SHOWCASE = Showcase(
     "quantization",

@@ -14,18 +14,18 @@ Source    Frantar et al. 2022, arXiv:2210.17323, algorithm 1; Hassibi & Stork 19
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from effkit.core.calibration import Statistics, gather
+from effkit.core.calibration import Statistics
 from effkit.core.checks import require_float, require_int
-from effkit.core.surgery import matching, note
 from effkit.core.task import Task
 from effkit.core.technique import Paper
 from effkit.quantization.affine import dequantize, grouped, quantize, ungrouped
+from effkit.quantization.layers import look
 from effkit.quantization.observers import OBSERVERS
 from effkit.quantization.packed import RTN, PackedWeight
 
@@ -91,18 +91,7 @@ class GPTQ(RTN):
         require_float("damping", self.damping, 0.0, open_low=True, hint="inputs that leave a direction unused make G singular")
 
     def statistics(self, model: nn.Module, task: Task) -> Mapping[str, Statistics]:
-        task.require("calib", by=self)
-        blind = "rounded to nearest"
-        layers = matching(model, (nn.Linear, nn.Conv2d), layers=self.layers, by="GPTQ")
-        for path in (path for path, layer in layers if isinstance(layer, nn.Conv2d)):
-            note(model, path, blind, "a convolution's inputs are not gathered")
-        if all(isinstance(layer, nn.Conv2d) for _, layer in layers):
-            return {}
-        few = replace(task, calib=task.calib.first(self.examples))  # type: ignore[union-attr]
-        seen = gather(model, few, layers=self.layers)
-        for path in seen.unreached:
-            note(model, path, blind, "no calibration input reached it")
-        return seen
+        return look(self, model, task, otherwise="rounded to nearest")
 
     def store(self, weight: Float[Tensor, "rows n"], seen: Statistics | None) -> PackedWeight:
         if seen is None:

@@ -9,6 +9,7 @@ Left out  Activations: they stay in float here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effkit.core.calibration import Statistics
+from effkit.core.calibration import Statistics, gather
 from effkit.core.checkpoint import numbers, stored
 from effkit.core.report import Reading
-from effkit.core.surgery import bake, swap
+from effkit.core.surgery import bake, matching, note, swap
 from effkit.core.task import Task
 from effkit.core.technique import Technique
 from effkit.core.traits import FLOAT_WEIGHTS
@@ -144,3 +145,21 @@ class WeightOnly(Technique, ABC):
         weights = sum(s.shape[0] * s.shape[1] for s in stores)
         held = sum(s.bits_per_weight() * s.shape[0] * s.shape[1] for s in stores)
         return Reading(held / weights, "bits per weight", "counted", better="lower")
+
+
+def look(
+    technique: Any, model: nn.Module, task: Task, *, otherwise: str, kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d)
+) -> Mapping[str, Statistics]:
+    """What the first `technique.examples` of task.calib bring to the linear layers among `technique.layers`, by path.
+    The others, convolutions and layers that no input reaches, are noted, and what becomes of them otherwise."""
+    task.require("calib", by=technique)
+    layers = matching(model, kinds, layers=technique.layers, by=type(technique).__name__)
+    for path in (path for path, layer in layers if isinstance(layer, nn.Conv2d)):
+        note(model, path, otherwise, "a convolution's inputs are not gathered")
+    if all(isinstance(layer, nn.Conv2d) for _, layer in layers):
+        return {}
+    few = replace(task, calib=task.calib.first(technique.examples))  # type: ignore[union-attr]
+    seen = gather(model, few, layers=technique.layers)
+    for path in seen.unreached:
+        note(model, path, otherwise, "no calibration input reached it")
+    return seen
