@@ -26,7 +26,7 @@ from effkit.core.task import Task
 from effkit.core.technique import Paper
 from effkit.quantization.affine import dequantize, grouped, quantize, ungrouped
 from effkit.quantization.layers import look
-from effkit.quantization.observers import OBSERVERS
+from effkit.quantization.observers import OBSERVERS, REAL_ZERO
 from effkit.quantization.packed import RTN, PackedWeight
 
 BLOCK = 32  # columns after which the rest is brought up to date at once: one large product instead of many small ones
@@ -106,4 +106,4 @@ class GPTQ(RTN):
         codes[:, sequence] = feed_back(
             weight.float()[:, sequence], factor, scale[:, sequence], zero_point[:, sequence], bits=self.bits
         )
-        return PackedWeight.from_codes(codes, grid, **self.format())
+        return PackedWeight.from_codes(codes, grid, real_zero=self.search in REAL_ZERO, **self.format())

@@ -32,7 +32,7 @@ from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique, evaluating
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.quantization import integer_net as net
-from effkit.quantization.observers import OBSERVERS
+from effkit.quantization.observers import OBSERVERS, REAL_ZERO
 
 _SAMPLE = 2**16  # values of a tensor that its range is chosen from, a batch
 _WAY_OUT = "leave this model in float, and quantize its linear layers with W8A8 or its weights with RTN"
@@ -293,7 +293,8 @@ class IntegerOnly(Technique):
                   "arXiv:1712.05877", "eq. 2-7, 11, 14")  # fmt: skip
 
     def __post_init__(self):
-        require_choice("search", self.search, tuple(OBSERVERS))
+        whole = [name for name in OBSERVERS if name not in REAL_ZERO]
+        require_choice("search", self.search, whole, hint="zero points are codes here")
         require_int("examples", self.examples, 1, hint="ranges come from what calibration sees")
 
     @torch.no_grad()

@@ -88,7 +88,8 @@ def bits_held(twin: Any) -> int:
 
 def sensitivity(model: nn.Module, twins: Twins, task: Task) -> Costs:
     """What each layer's each twin costs: the loss on task.calib with that layer rounded alone, above the loss with none."""
-    with evaluating(model), torch.no_grad(), tqdm(total=sum(map(len, twins.values())), desc="sensitivity", leave=False) as bar:
+    bar = tqdm(total=sum(map(len, twins.values())), desc="sensitivity", leave=False, delay=2)
+    with evaluating(model), torch.no_grad(), bar:
         base = mean_loss(model, task)
         costs: Costs = []
         for layer, choices in twins.items():

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_kl
 
-from effkit.quantization import RTN, observers
+from effkit.core.calibration import Statistics, layer_error
+from effkit.quantization import GPTQ, RTN, IntegerOnly, observers
 from effkit.quantization.affine import dequantize, grouped, quantize
 from effkit.quantization.observers import (
     OBSERVERS,
@@ -74,6 +75,21 @@ def test_rtn_stores_what_was_found(search):
 def test_a_real_zero_point_on_a_symmetric_grid_is_refused(search):
     with pytest.raises(ValueError, match=f"search='{search}' .* symmetric=False"):
         RTN(symmetric=True, search=search).store(normal(4, 32), None)
+
+
+@pytest.mark.parametrize("search", sorted(REAL_ZERO))
+def test_gptq_stores_real_zero_points_too(search):
+    x = normal(200, 48) @ normal(48, 48, seed=1)
+    seen, w = Statistics(x.T @ x, x.abs().amax(0), len(x)), normal(24, 48, seed=2)
+    passed_on, nearest = (t.store(w, seen) for t in (GPTQ(3, 16, search=search), RTN(3, 16, search=search)))
+    assert passed_on.zero_point.dtype == torch.bfloat16 and torch.equal(passed_on.zero_point, nearest.zero_point)
+    assert layer_error(w, passed_on(), seen.gram) < layer_error(w, nearest(), seen.gram)
+
+
+@pytest.mark.parametrize("search", sorted(REAL_ZERO))
+def test_integer_arithmetic_refuses_real_zero_points(search):
+    with pytest.raises(ValueError, match="search must be one of 'min-max'.*zero points are codes"):
+        IntegerOnly(search=search)
 
 
 # percentile
