@@ -3,8 +3,9 @@
 Problem   A layer's inputs differ: a few channels are far larger than the rest. Small steps matter most for the weights that
           meet them, and rounded activations are all as coarse as the largest wants it.
 Idea      W x = (W diag(s)) (x / s) for any s > 0, and rounding sees only the factors.
-          AWQ gives weights that meet large inputs finer steps: s = s_X^alpha with s_X the mean magnitude of each input, and
-          alpha the one of a grid that costs the layer's output least; then each group's range is cut as far as that pays.
+          AWQ gives weights that meet large inputs finer steps: s = s_X^alpha with s_X the size of each input, and alpha the
+          one of a grid that costs the layer's output least; then each group's range is cut as far as that pays. Theirs is
+          the mean of |x|; the root of the mean of x^2 stands in X X^T already, and alpha, searched, makes up for it.
           SmoothQuant moves what is hard to round from activations to weights: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 Law       AWQ is never worse than RTN in the layer's error on its calibration inputs: alpha = 0 uncut is RTN.
 Cost      A number an input (16 bits for AWQ, 32 for SmoothQuant), and with SmoothQuant a division an activation.
