@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from effkit.core.calibration import remembering
 from effkit.core.paths import checkout, data_dir, write_atomically
 from effkit.measure import processor
 
@@ -46,9 +47,10 @@ class Study:
         path = path or self.path
         study = self.begun(path)
         missing = {name: cell for name, cell in self.cells().items() if name not in study["cells"]}
-        for name, cell in tqdm(missing.items(), desc=self.name):
-            study["cells"][name] = cell()
-            write_atomically(path, json.dumps(study, indent=1).encode())
+        with remembering():  # cells that look at the same inputs of the same model look once
+            for name, cell in tqdm(missing.items(), desc=self.name):
+                study["cells"][name] = cell()
+                write_atomically(path, json.dumps(study, indent=1).encode())
         return study
 
     def read(self, path: Path | None = None) -> dict:
