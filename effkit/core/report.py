@@ -169,9 +169,15 @@ class Table:
         return len(self.reports)
 
     def cells(self) -> list[list[str]]:
-        """Header and rows as text; a reading that a row lacks is a dash."""
-        names = self.columns
-        return [["", *names], *([r.name, *(str(r[c]) if c in r else "-" for c in names)] for r in self)]
+        """Header and rows as text; a reading that a row lacks is a dash; one that comes from elsewhere than most of its
+        column, which the footnote names, says so itself."""
+        whence = self.provenances()
+        return [["", *whence], *([r.name, *(_cell(r.readings.get(c), most) for c, most in whence.items())] for r in self)]
+
+    def provenances(self) -> dict[str, str]:
+        """Column -> where most of its readings come from."""
+        held = {c: [r[c].provenance for r in self if c in r] for c in self.columns}
+        return {column: max(found, key=found.count) for column, found in held.items()}
 
     def to_json(self) -> str:
         return json.dumps([report.to_json() for report in self.reports], indent=1)
@@ -181,9 +187,10 @@ class Table:
         return "\n".join(filter(None, [self.title, *lines, self.footnote()]))
 
     def footnote(self) -> str:
-        """Says what the marks mean, for those that occur, and which workload was timed."""
-        readings = [r for report in self.reports for r in report.readings.values()]
+        """Says where each column's figures come from, what the marks mean, for those that occur, and what was timed."""
+        readings, whence = [r for report in self.reports for r in report.readings.values()], self.provenances()
         marks = [f"workload: {w}" for w in dict.fromkeys(r.workload for r in self.reports) if w]
+        marks += [f"{p}: {', '.join(c for c in whence if whence[c] == p)}" for p in PROVENANCES[1:] if p in whence.values()]
         marks += ["~ estimated"] if any(r.provenance == "estimated" for r in readings) else []
         widths = "± half the interquartile range of times, the standard error of scores"
         marks += [widths] if any(r.spread is not None for r in readings) else []
@@ -202,6 +209,11 @@ class Table:
         body = "".join(f"<tr><th scope='row'>{html.escape(r[0])}</th>{c}</tr>" for r, c in zip(rows, cells, strict=True))
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         return f"<table>{caption}<thead><tr>{th}</tr></thead><tbody>{body}</tbody></table><p><small>{html.escape(self.footnote())}</small></p>"
+
+
+def _cell(reading: Reading | None, most: str) -> str:
+    marked = reading is None or reading.provenance in (most, "estimated")  # an estimate has its ~
+    return "-" if reading is None else str(reading) if marked else f"{reading} ({reading.provenance})"
 
 
 def _aligned(rows: Iterable[list[str]]) -> list[str]:

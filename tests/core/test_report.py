@@ -1,6 +1,7 @@
 """Readings in arithmetic: the weakest provenance wins, spreads travel to first order, and so does what is better."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,3 +92,21 @@ def test_a_table_keeps_its_rows_and_says_what_its_marks_mean():
     assert all(part in table.footnote() for part in ("a pass", "~ estimated", "± half the interquartile range", "busy"))
     with pytest.raises(KeyError, match="there are a, b"):
         table["c"]
+
+
+def test_every_figure_of_a_table_says_where_it_comes_from():
+    """By its column's line under the table; by itself where it is not like the others of its column."""
+    macs = Reading(5.0, "macs", "counted")
+    rows = [Report(name, {"latency": time(1.0), "macs": macs, "energy": Reading(1.0, "J", "estimated")}) for name in "ab"]
+    old = Report("old", {"latency": time(3.0, provenance="recorded"), "macs": replace(macs, provenance="estimated")})
+    table = Table([*rows, old])
+    for shown in (str(table), table._repr_html_()):
+        assert all(part in shown for part in ("measured: latency;", "counted: macs;", "~ estimated"))
+        assert "3 s (recorded)" in shown and "1 s (" not in shown and "~5 macs" in shown and "~5 macs (" not in shown
+    assert "counted: macs" in str(Report("one", {"macs": macs})) and "measured" not in str(Report("one", {"macs": macs}))
+
+
+def test_a_column_without_its_provenance_is_caught(monkeypatch):
+    monkeypatch.setattr(Table, "provenances", lambda self: dict.fromkeys(self.columns, "measured"))
+    with pytest.raises(AssertionError):
+        test_every_figure_of_a_table_says_where_it_comes_from()
