@@ -3,12 +3,15 @@
 A learner works on copies in work/, so that `git pull` never meets an answer, and no copy is ever overwritten.
 """
 
-import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from effkit.core.checks import require_choice
 from effkit.core.paths import checkout, work_dir, write_atomically
+
+WIDGET = "application/vnd.jupyter.widget-view+json"  # tqdm's bars are widgets in a notebook ...
+BAR = re.compile(r"\d%\|.*\|.*(it/s|s/it|\?it)")  # ... and characters where there are none: `44%|####4     | 75/170 [...it/s]`
 
 
 def shipped(names: Collection[str] = ()) -> list[Path]:
@@ -39,12 +42,18 @@ def execute(path: Path) -> None:
 
     notebook = nbformat.read(path, as_version=4)
     # record_timing would make each run a difference in git; the kernel's own warnings are not the notebook's.
-    client = NotebookClient(
-        notebook,
-        timeout=120,
-        record_timing=False,
-        extra_arguments=["--log-level=ERROR"],
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute(env={**os.environ, "TQDM_DISABLE": "1"})  # a bar that has reached its end says nothing
+    options = {"record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
+    save_still(notebook, path)
+
+
+def save_still(notebook, path: Path) -> None:
+    """Writes a notebook without what only a kernel can move: sliders, boxes, progress bars. The words and the pictures
+    beside them stay."""
+    import nbformat
+
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and not BAR.search(o.get("text", ""))]
     write_atomically(path, nbformat.writes(notebook).encode() + b"\n")

@@ -33,7 +33,7 @@ class Predict:
         say(repr(self))
         widget = self.widget()
         if widget is not None:
-            display(widget._repr_mimebundle_())
+            display_alive(widget)
 
     def widget(self):
         """The box or the choices with a line that confirms; None without ipywidgets or a kernel."""
@@ -55,6 +55,11 @@ class Predict:
         return str(self.question.predict(guess))
 
 
+def display_alive(widget: widgets.Widget) -> None:
+    """The widget without its repr, which would stand in its place where there is no kernel and say nothing to a reader."""
+    display({kind: shown for kind, shown in widget._repr_mimebundle_().items() if kind != "text/plain"})
+
+
 def interactive(function: Callable, *, still: Callable[[], object], **ranges: object) -> None:
     """Shows `still()`, small multiples of the sweep for paper and nbval, and below it `function` with sliders.
 
@@ -70,4 +75,4 @@ def interactive(function: Callable, *, still: Callable[[], object], **ranges: ob
     for control in view.children:
         if hasattr(control, "continuous_update"):
             control.continuous_update = False  # a model evaluated at every pixel of a drag falls behind
-    display(view._repr_mimebundle_())
+    display_alive(view)

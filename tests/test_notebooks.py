@@ -3,12 +3,20 @@
 `complaints` is the lint; the course's notebooks must give it none, and planted faults must each give it one.
 """
 
+import ast
+import html
+import importlib
 import re
+from functools import reduce
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from effkit import notebook as shown
+from effkit.core.checks import require_int
+from effkit.course import BAR, WIDGET, save_still, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 COURSE = [
@@ -35,16 +43,28 @@ VAGUE = {"", "here", "link", "this", "this link", "click here", "page", "paper",
 def test_notebook_keeps_the_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert path.stem in COURSE
     found = complaints(notebook)
     assert not found, "\n".join((f"{path.name}:", *found))
+
+
+def test_the_course_is_complete_and_nothing_else():
+    assert [path.stem for path in shipped()] == [path.stem for path in NOTEBOOKS] == COURSE
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_source_it_shows_is_the_present_one(path):
+    """A cell that ends in show(x) displays the library's source: change that, and the notebook has to be run again."""
+    found = list(stale(nbformat.read(path, as_version=4)))
+    again = f"run it again: python -m effkit notebooks {path.stem}"
+    assert not found, "\n".join((f"{path.name}:", *found, again))
 
 
 def complaints(notebook) -> list[str]:
     """Everything that is wrong with a notebook, one sentence each."""
     markdown = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = [*heading_faults(markdown), *run_faults(code), *machine_faults(code)]
+    found = [*heading_faults(markdown), *run_faults(code), *machine_faults(code), *still_faults(notebook)]
+    found += part_faults(without_code("\n".join(markdown)), "\n".join(cell.source for cell in code))
     for text in markdown:
         found += [*image_faults(text), *link_faults(text)]
     for cell in code:
@@ -113,6 +133,101 @@ def machine_faults(code):
                     yield f"cell {cell.execution_count} shows a path of this machine: {place}"
 
 
+def still_faults(notebook):
+    """What only a kernel can move has no place in a file: `effkit notebooks` leaves it out."""
+    if "widgets" in notebook.metadata:
+        yield "the metadata hold the state of widgets"
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if WIDGET in output.get("data", {}):
+                yield f"cell {cell.execution_count} holds a widget or a progress bar: {output.data.get('text/plain', '')[:40]!r}"
+            elif bar := BAR.search(output.get("text", "")):
+                yield f"cell {cell.execution_count} holds a progress bar: {bar[0][:40]!r}"
+
+
+#: what every notebook has: a complaint, where to look for it, and by what it is known
+PARTS = {
+    "no exercise: no cell calls check on the learner's function": ("code", r"\.check\("),
+    "no interactive view: no cell calls interactive(draw, still=...)": ("code", r"\binteractive\("),
+    "no guess: no cell asks with Predict(...)": ("code", r"\bPredict\("),
+    "no real model: no cell speaks of smollm2": ("code", r"\bsmollm2\b"),
+    "no section '## References'": ("prose", r"^## References$"),
+}
+
+
+def part_faults(prose, code):
+    for complaint, (place, pattern) in PARTS.items():
+        if not re.search(pattern, {"prose": prose, "code": code}[place], re.M):
+            yield complaint
+
+
+def stale(notebook):
+    """For each show(subject): the output where it is not what the library's present source renders to."""
+    imported = {}
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code":
+            continue
+        tree = ast.parse(cell.source)
+        imported |= imports(tree)
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "show"]
+        pages = [output.data for output in cell.outputs if "<figcaption>" in output.get("data", {}).get("text/html", "")]
+        if len(calls) != len(pages):
+            yield f"cell {number} shows {len(pages)} sources and calls show {len(calls)} times"
+            continue
+        for call, page in zip(calls, pages, strict=True):
+            what = subject(call.args[0], imported, page)
+            if what is None or as_read(page) != as_read(rendered(what)):
+                yield f"cell {number}: show({ast.unparse(call.args[0])}) is not what the source says now"
+
+
+def imports(tree) -> dict[str, str]:
+    """What the cell's import statements bind: name -> dotted name."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def subject(argument, imported, page):
+    """The object that a call of show names, found without running the notebook; None where the library has none such.
+
+    The class of a value, as in show(type(roof).attainable), is what the output's caption says."""
+    path = ast.unparse(argument).split(".")
+    if isinstance(argument, ast.Attribute) and isinstance(argument.value, ast.Call):
+        caption = re.search(r"<figcaption><code>(.*?)</code>", page["text/html"])[1]
+        return resolved(caption) if caption.endswith(f".{argument.attr}") else None
+    return resolved(".".join((imported.get(path[0], path[0]), *path[1:])))
+
+
+def resolved(dotted: str):
+    """The object of this name, out of the longest module in it; None where there is none. A package may hold a function
+    of the same name as one of its modules, so what lies deeper is asked of the module."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            return reduce(getattr, parts[cut:], importlib.import_module(".".join(parts[:cut])))
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    return None
+
+
+def rendered(what) -> dict:
+    """The MIME bundle that show displays."""
+    bundles = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shown, "display", bundles.append)
+        shown.show(what)
+    return bundles[0]
+
+
+def as_read(page) -> tuple[str, str]:
+    """Plain text, and what a browser shows of the HTML: colours are the highlighter's, and change with its version."""
+    return page["text/plain"], html.unescape(re.sub(r"<[^>]*>", "", page["text/html"])).strip()
+
+
 def source_faults(source):
     lines = source.splitlines()
     if len(lines) > MOST_LINES:
@@ -132,11 +247,13 @@ def without_code(text: str) -> str:
 
 
 def good_notebook():
-    prose = "# Title\n\n## Part\n\n![a line falls and flattens](a.png), after [Jacob et al. 2018](https://arxiv.org/abs/1712.05877)"
+    prose = "# Title\n\n## References\n\n![a line falls and flattens](a.png), after [Jacob et al. 2018](https://arxiv.org/abs/1712.05877)"
     cells = [new_markdown_cell(prose)]
     for count in range(1, 7):
         output = new_output("execute_result", data={"text/plain": "2"}, execution_count=count)
         cells.append(new_code_cell("# NBVAL_CHECK_OUTPUT\n1 + 1", execution_count=count, outputs=[output]))
+    calls = "Predict(q, 'how many?')\ninteractive(draw, still=still)\nq.check(mine)\nzoo.load('smollm2')"
+    cells.append(new_code_cell(calls, execution_count=7))
     return new_notebook(cells=cells)
 
 
@@ -202,5 +319,90 @@ def test_marked_cells_without_an_output_do_not_count():
 
 def test_too_many_cells_are_too_many():
     notebook = good_notebook()
-    notebook.cells += [new_markdown_cell("prose")] * 39
+    notebook.cells += [new_markdown_cell("prose")] * 38
     assert complaints(notebook) == ["46 cells, at most 45"]
+
+
+@pytest.mark.parametrize("call, said", [
+    ("q.check", "no exercise"), ("interactive", "no interactive view"), ("Predict", "no guess"), ("smollm2", "no real model"),
+])  # fmt: skip
+def test_a_missing_part_is_missed(call, said):
+    notebook = good_notebook()
+    notebook.cells[-1].source = notebook.cells[-1].source.replace(call, "x")
+    (found,) = complaints(notebook)
+    assert said in found
+
+
+@pytest.mark.parametrize("heading", ["## Sources", "### References", "```\n## References\n```", ""])
+def test_a_missing_list_of_references_is_missed(heading):
+    notebook = good_notebook()
+    notebook.cells[0].source = notebook.cells[0].source.replace("## References", heading)
+    assert "no section '## References'" in complaints(notebook)
+
+
+BAR_OF_CHARACTERS = "timing:  44%|####4     | 75/170 [00:01<00:01, 61.89it/s]"
+MOVING = [
+    new_output("display_data", data={WIDGET: {"model_id": "a"}, "text/plain": BAR_OF_CHARACTERS}),
+    new_output("display_data", data={WIDGET: {"model_id": "b"}}),
+    new_output("stream", name="stderr", text=BAR_OF_CHARACTERS),
+]
+
+
+@pytest.mark.parametrize("moving", MOVING)
+def test_what_only_a_kernel_can_move_is_found_and_left_out(moving, tmp_path):
+    """The words, the tables and the pictures beside it stay."""
+    notebook = good_notebook()
+    stays = new_output("stream", text="44%|of what was asked for|")
+    notebook.cells[2].outputs += [moving, stays]
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
+    state, found = complaints(notebook)
+    assert "state of widgets" in state and ("a widget or" in found or "a progress bar" in found)
+    save_still(notebook, tmp_path / "still.ipynb")
+    saved = nbformat.read(tmp_path / "still.ipynb", as_version=4)
+    assert complaints(saved) == [] and [o.output_type for o in saved.cells[2].outputs] == ["execute_result", "stream"]
+    assert saved.cells[2].outputs[1] == stays
+
+
+SHOWN = "from effkit.core import checks\nfrom effkit.notebook import show\n"
+
+
+def showing(call: str, *subjects):
+    output = [new_output("display_data", data=rendered(what)) for what in subjects]
+    return new_notebook(cells=[new_code_cell(SHOWN), new_code_cell(call, outputs=output)])
+
+
+@pytest.mark.parametrize("call", [
+    "show(checks.require_int)", "from effkit.core.checks import require_int as r\nshow(r)",
+    "import effkit.core.checks as c\nshow(c.require_int)", "import effkit.core.checks\nshow(effkit.core.checks.require_int)",
+    "show(type(x).require_int)", "from effkit.core.checks import require_int\nfrom effkit.core import checks\nshow(require_int)",
+])  # fmt: skip
+def test_the_present_source_is_not_stale(call):
+    assert list(stale(showing(call, require_int))) == []
+
+
+@pytest.mark.parametrize("call, subjects, said", [
+    ("show(checks.require_choice)", [require_int], "show(checks.require_choice) is not what"),
+    ("show(checks.gone)", [require_int], "show(checks.gone) is not what"),
+    ("show(type(x).other)", [require_int], "is not what"),
+    ("show(checks.require_int)", [], "shows 0 sources and calls show 1 times"),
+    ("1 + 1", [require_int], "shows 1 sources and calls show 0 times"),
+])  # fmt: skip
+def test_an_old_output_of_show_is_found(call, subjects, said):
+    (found,) = stale(showing(call, *subjects))
+    assert said in found
+
+
+def test_a_module_behind_a_function_of_its_name_is_seen():
+    from effkit.sustainability.payback import inferences
+
+    assert resolved("effkit.sustainability.payback.inferences") is inferences
+    assert resolved("effkit.sustainability.payback").__name__ == "payback"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "text/html"])
+def test_one_changed_word_of_a_shown_source_is_found(kind):
+    notebook = showing("show(checks.require_int)", require_int)
+    page = notebook.cells[1].outputs[0].data
+    assert "require_int" in page[kind]
+    page[kind] = page[kind].replace("whole", "round")
+    assert len(list(stale(notebook))) == 1

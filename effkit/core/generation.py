@@ -178,14 +178,9 @@ def sample(probabilities: Float[Tensor, "... vocab"], rng: torch.Generator | Non
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    ids: Int[Tensor, "b n"],
-    max_new_tokens: int,
-    *,
-    sampler: Sampler = Sampler(),
-    stop: int | Collection[int] | None = None,
-    rng: torch.Generator | None = None,
-) -> Int[Tensor, "b m"]:
+    model: nn.Module, ids: Int[Tensor, "b n"], max_new_tokens: int, *, sampler: Sampler = Sampler(),
+    stop: int | Collection[int] | None = None, rng: torch.Generator | None = None,
+) -> Int[Tensor, "b m"]:  # fmt: skip
     """Prompt and continuation, token by token with the model's own cache. Ends early once every row has produced a
     stop token; a row that has goes on repeating it."""
     check_prompt(model, ids, max_new_tokens)

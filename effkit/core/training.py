@@ -48,16 +48,10 @@ class Schedule:
 
 @torch.enable_grad()
 def fit(
-    model: nn.Module,
-    task: Task,
-    schedule: Schedule,
-    *,
-    loss: Loss | None = None,
-    after_step: Callable[[int], None] | None = None,
-    resume: str | Path | None = None,
-    save_every: int = 200,
-    label: str = "training",
-) -> list[float]:
+    model: nn.Module, task: Task, schedule: Schedule, *, loss: Loss | None = None,
+    after_step: Callable[[int], None] | None = None, resume: str | Path | None = None,
+    save_every: int = 200, label: str = "training",
+) -> list[float]:  # fmt: skip
     """Trains the parameters that require gradients, in place; returns the loss of each step (nats). Works under
     torch.no_grad(), too.
 

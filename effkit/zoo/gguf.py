@@ -88,9 +88,8 @@ def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     merges = [tuple(m.split(" ")) for m in field(reader, "tokenizer.ggml.merges")]
     made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False))
     # SmolLM's pre-tokenizer splits single digits, then words as GPT-2 does
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    made.pre_tokenizer = pre_tokenizers.Sequence(splits)
     made.decoder = decoders.ByteLevel()
     control = int(gguf.TokenType.CONTROL)
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
