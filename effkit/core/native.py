@@ -2,8 +2,10 @@
 
 A kernel is cached in the user's own cache folder under a hash of its source, the compiler and its version, the flags
 and the processor's features, so that a changed file or another machine compiles anew; it is written whole or not at all.
+Its name ends in a hash of its bytes, so that a damaged one is compiled anew.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -11,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -46,23 +49,52 @@ def _loaded(source: Path | str, *environment: str | None) -> tuple[ctypes.CDLL |
     text, cc = source.read_text() if isinstance(source, Path) else source, compiler()
     if cc is None:
         return None, "there is no C compiler (cc, gcc, clang); install one, or set CC"
-    target = cache_dir() / "kernels" / f"{_key(text, cc)}.so"
-    why = "" if target.exists() else _compile(text, cc, target)
-    return (None, why) if why else (ctypes.CDLL(str(target)), "")
+    key, home = _key(text, cc), cache_dir() / "kernels"
+    try:
+        try:
+            return _opened(text, cc, home, key)
+        except OSError as error:
+            return _opened(text, cc, _scratch(home, error.strerror or str(error)), key)
+    except OSError as error:
+        return None, f"{home} cannot hold it, nor can a temporary folder ({error}); set EFFKIT_CACHE to a folder of yours"
 
 
-def _compile(text: str, cc: str, target: Path) -> str:
-    """Compiles beside the target, then renames. Flags that this compiler does not know are left out, OpenMP last."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+def _opened(text: str, cc: str, folder: Path, key: str) -> tuple[ctypes.CDLL | None, str]:
+    """From the folder, where a whole one is there, else compiled anew. Raises OSError where the folder is no good."""
+    found = next(filter(_whole, folder.glob(f"{key}-*.so")), None) or _compile(text, cc, folder, key)
+    return (None, found) if isinstance(found, str) else (ctypes.CDLL(str(found)), "")
+
+
+def _compile(text: str, cc: str, folder: Path, key: str) -> Path | str:
+    """The kernel's file, or why there is none. Flags that this compiler does not know are left out, OpenMP last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        source, made = Path(beside, "kernel.c"), Path(beside, "kernel.so")
         source.write_text(text)
         for flags in (FLAGS, FLAGS[:-1], ("-O2", "-fPIC", "-shared")):
             run = subprocess.run([cc, *flags, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
             if run.returncode == 0:
-                os.replace(made, target)
-                return ""
+                return made.replace(folder / f"{key}-{_digest(made)}.so")
     return f"{cc} could not compile it: {run.stderr.strip()[:300]}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is what its name says: half a kernel would end the process when it is loaded."""
+    return path.stem.endswith(_digest(path))
+
+
+@cache
+def _scratch(refused: Path, why: str) -> Path:
+    """A folder for this process alone, in place of one that cannot hold kernels; says so once."""
+    folder = Path(tempfile.mkdtemp(prefix="effkit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    way_out = f"this process uses {folder}; to compile once and for all, set EFFKIT_CACHE to a folder of yours"
+    warnings.warn(f"{refused} cannot hold compiled kernels ({why}): {way_out}", stacklevel=2)
+    return folder
 
 
 @cache
