@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from effkit import plots, zoo
 from effkit.catalog import PARADIGMS
+from effkit.core import native
 from effkit.core.paths import write_atomically
 from effkit.core.report import Reading, Report, Table
 from effkit.core.showcase import Exhibit, Showcase
@@ -54,7 +55,7 @@ class Stop:
         how = f"{slower:.2f}x slower" if slower > _FASTER else "not faster"
         gain = f"{speedup(before, after):.2f}x faster here, because {_gain(before, after)}"
         speed = gain if faster else f"{how} here, because {_loss(before, after)}"
-        return f"{after.name}: {_size(before, after)}{joined}{speed}{_training(before, after)}; {_score(self)}."
+        return f"{after.name}: {_size(before, after)}{joined}{speed}{_training(self)}; {_score(self)}."
 
 
 def tour(load: Loader = zoo.load, *, everything: bool = False) -> list[Stop]:
@@ -126,18 +127,25 @@ def speedup(before: Report, after: Report) -> float:
 
 def _size(before: Report, after: Report) -> str:
     smaller = ratio(before, after, "bytes on disk")
+    said = f"{_smaller(smaller)} on disk"
     if smaller > _FASTER and "parameters" in before:
         sixteen = 2 * before["parameters"].value / after["bytes on disk"].value
-        return f"{smaller:.1f}x smaller on disk than the float32 file ({sixteen:.1f}x than 16 bits a weight)"
-    if smaller > _FASTER:
-        return f"{smaller:.1f}x smaller on disk"
-    return "no smaller on disk" if smaller > 1 / _FASTER else f"{1 / smaller:.1f}x larger on disk"
+        said += f" than the float32 file ({_smaller(sixteen)} than 16 bits a weight)"
+    return said
 
 
-def _training(before: Report, after: Report) -> str:
+def _smaller(times: float) -> str:
+    if 1 / _FASTER <= times <= _FASTER:
+        return "no smaller"
+    return f"{times:.1f}x smaller" if times > 1 else f"{1 / times:.1f}x larger"
+
+
+def _training(stop: Stop) -> str:
     """Said where a technique trains what it adds, not where it merely has fewer, nor where packed codes can't be trained."""
+    before, after = stop.baseline, stop.result
     fewer, added = ratio(before, after, "trainable"), ratio(before, after, "parameters") < 1
-    return f", with {fewer:.0f}x fewer parameters to train" if added and fewer > 2 else ""
+    untrained = " (none is trained yet: this is about a step)" * (before[stop.score].value == after[stop.score].value)
+    return f", with {fewer:.0f}x fewer parameters to train{untrained}" if added and fewer > 2 else ""
 
 
 def _gain(before: Report, after: Report) -> str:
@@ -176,14 +184,15 @@ _SHOWN = ("bytes on disk", "latency", "macs")
 
 
 def summary(stops: list[Stop]) -> Table:
-    """One table: quality, bytes and latency of each baseline and each technique."""
+    """One table: quality, bytes and latency of each baseline and each technique; its title says where kernels are missing."""
     rows = []
     for stop in stops:
         for report, role in ((stop.baseline, "baseline"), (stop.result, stop.paradigm)):
             quality = {"quality": replace(report[stop.score], unit=report[stop.score].unit or stop.score)}
             shown = quality | {k: report[k] for k in _SHOWN if k in report}
             rows.append(Report(f"{role}: {stop.model} {report.name}", shown))
-    return Table(rows)
+    why = native.why_not("int probe;")
+    return Table(rows, f"without native kernels: they run in PyTorch, slower, because {why}" if why else "")
 
 
 def rows(stops: list[Stop]) -> list[dict]:

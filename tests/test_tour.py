@@ -7,6 +7,7 @@ import pytest
 
 from effkit import tour
 from effkit.catalog import PARADIGMS
+from effkit.core import native
 from effkit.core.report import PROVENANCES, Reading, Report
 from effkit.measure import Decode, Paired
 from tests.subjects import SUBJECTS
@@ -101,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(OSError, match="file"):
-        tour.write([shown()], blocked / "results")
+        tour.write([shown_stop()], blocked / "results")
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -110,11 +111,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tour.write([shown()], tmp_path)
+        tour.write([shown_stop()], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def shown() -> tour.Stop:
+def shown_stop() -> tour.Stop:
     return stop(report("a", latency=1.0), report("b", latency=1.0))
 
 
@@ -129,3 +130,33 @@ def test_only_who_trains_what_was_added_has_fewer_parameters_to_train(held, trai
 
     verdict = said(with_parameters("a", 1000, 1000), with_parameters("b", held, trained))
     assert ("20x fewer parameters to train" in verdict) == speaks and ("to train" in verdict) == speaks
+
+
+def test_smaller_than_float32_may_be_larger_than_16_bits():
+    def sized(name, size):
+        held = {"parameters": Reading(1000, "params", "counted")}
+        return Report(name, held | report(name, latency=1.0, size=size).readings)
+
+    assert "(2.0x smaller than 16 bits a weight)" in said(sized("a", 4000), sized("b", 1000))
+    assert "(1.5x larger than 16 bits a weight)" in said(sized("a", 4000), sized("b", 3000))
+    assert "(no smaller than 16 bits a weight)" in said(sized("a", 4000), sized("b", 2000))
+
+
+@pytest.mark.parametrize("score, speaks", [(0.9, True), (0.91, False)])
+def test_adapters_that_have_learned_nothing_say_so(score, speaks):
+    def with_parameters(name, parameters, trainable, score):
+        counts = {"parameters": Reading(parameters, "params", "counted"), "trainable": Reading(trainable, "params", "counted")}
+        return Report(name, report(name, latency=1.0, score=score).readings | counts)
+
+    verdict = said(with_parameters("a", 1000, 1000, 0.9), with_parameters("b", 1100, 50, score))
+    assert ("none is trained yet" in verdict) == speaks and "20x fewer parameters to train" in verdict
+
+
+@pytest.mark.parametrize("compiler, speaks", [("0", False), ("1", True)])
+def test_a_machine_without_native_kernels_is_told_so_above_its_table(compiler, speaks, monkeypatch):
+    if native.compiler() is None and not speaks:
+        pytest.skip("no C compiler (cc, gcc, clang)")
+    monkeypatch.setenv("EFFKIT_NO_COMPILER", compiler)
+    for shown in (str(tour.summary([shown_stop()])), tour.page([shown_stop()])):
+        assert ("run in PyTorch, slower, because there is no C compiler" in shown) == speaks
+        assert ("install one" in shown) == speaks
