@@ -9,6 +9,7 @@ from pathlib import Path
 
 from effkit.core.checks import require_choice
 from effkit.core.paths import checkout, work_dir, write_atomically
+from effkit.stages import offline
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # tqdm's bars are widgets in a notebook ...
 BAR = re.compile(r"\d%\|.*\|.*(it/s|s/it|\?it)")  # ... and characters where there are none: `44%|####4     | 75/170 [...it/s]`
@@ -43,7 +44,7 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     # record_timing would make each run a difference in git; the kernel's own warnings are not the notebook's.
     options = {"record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}, **options).execute(env=offline())
     save_still(notebook, path)
 
 

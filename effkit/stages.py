@@ -3,6 +3,7 @@
 The list is the whole definition; make and continuous integration only call it.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -30,4 +31,10 @@ def run(*names: str) -> Iterator[tuple[str, int, float]]:
     for name in names:
         start = time.perf_counter()
         command = [sys.executable, "-m", *shlex.split(STAGES[name])]
-        yield name, subprocess.run(command, cwd=checkout()).returncode, time.perf_counter() - start
+        yield name, subprocess.run(command, cwd=checkout(), env=offline()).returncode, time.perf_counter() - start
+
+
+def offline() -> dict[str, str]:
+    """The environment of processes that need no network and must not use one: tests/offline holds them to it."""
+    path = os.pathsep.join(filter(None, (str(checkout() / "tests" / "offline"), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}

@@ -11,10 +11,11 @@ import torch
 from hypothesis import settings
 
 import effkit  # noqa: F401  (torchvision can be imported beside any torch from here on)
+from effkit.stages import offline
 from effkit.zoo.fetch import where
+from tests.offline.sitecustomize import guarded
 
-# Child processes inherit these: neither pip nor the model hub may be asked there either.
-os.environ |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= offline()  # child processes inherit it
 
 # The laws are tried on tiny models, where a second thread costs more than it brings, and most on a busy machine.
 torch.set_num_threads(1)
@@ -23,25 +24,15 @@ torch.set_num_threads(1)
 settings.register_profile("effkit", deadline=None, derandomize=True)
 settings.load_profile("effkit")
 
-LOOPBACK = ("127.", "::1", "localhost")
-
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
-    """Everything works without a network once installed: a connection that leaves the machine fails the test."""
+    """Everything works without a network once installed: a connection that leaves the machine fails the test, whatever
+    the code that tried would make of an error."""
     with pytest.MonkeyPatch.context() as patch:
         for method in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, method, _only_loopback(getattr(socket.socket, method)))
+            patch.setattr(socket.socket, method, guarded(getattr(socket.socket, method), pytest.fail))
         yield
-
-
-def _only_loopback(connect):
-    def guarded(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):
-            pytest.fail(f"a test tried to reach {address}: effkit works without a network")
-        return connect(self, address)
-
-    return guarded
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """What cells call works in a terminal, in a kernel and under nbval, and says the same in each."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from effkit import notebook, widgets
 from effkit.core.checks import require_int
 from effkit.core.paths import checkout
 from effkit.course import execute
+from effkit.stages import offline
 
 CELLS = [
     """
@@ -42,6 +42,11 @@ CELLS = [
     "q",
     "q.hint()",
     "effkit.exercises.progress()",
+    """
+    import socket
+    try: socket.create_connection(("192.0.2.1", 80), timeout=1)
+    except RuntimeError as refused: print(refused)
+    """,
 ]
 
 
@@ -53,7 +58,7 @@ def work(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_of_it_runs_twice_alike_in_a_kernel(tmp_path, monkeypatch):
     """Executed once and saved, then by nbval, which compares every cell but the stamp and the sliders."""
-    monkeypatch.setenv("PYTHONPATH", f"{checkout()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")  # the kernel runs elsewhere
+    monkeypatch.setenv("PYTHONPATH", str(checkout()))  # the kernel runs elsewhere
     cells = [nbformat.v4.new_code_cell(textwrap.dedent(c).strip()) for c in CELLS if "progress" not in c]
     for cell in cells:
         if "stamp" not in cell.source and "interactive" not in cell.source:
@@ -65,9 +70,10 @@ def test_all_of_it_runs_twice_alike_in_a_kernel(tmp_path, monkeypatch):
     images = [o for cell in saved.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
     assert images and all(image.metadata["image/png"]["alt"] == image.data["text/plain"] for image in images)
     assert "Not attempted yet" in str(saved.cells[7].outputs)
+    assert "effkit works without a network" in str(saved.cells[-1].outputs)
     assert "jupyter.widget" not in str(saved), "a bar or a box that no kernel moves was saved"
     nbval = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
-    done = subprocess.run([*nbval, str(path)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*nbval, str(path)], capture_output=True, text=True, cwd=tmp_path, env=offline())
     assert done.returncode == 0, done.stdout
 
 

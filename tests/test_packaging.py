@@ -1,8 +1,10 @@
 """The files that describe the project agree with each other, and with what a fresh machine needs."""
 
 import re
+import shlex
 import socket
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from effkit import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -105,3 +109,21 @@ def test_no_test_reaches_the_network():
         socket.create_connection(("192.0.2.1", 80), timeout=1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=1).close()
+
+
+REACH = "import socket; socket.create_connection((%r, %d), timeout=1)"
+
+
+def test_no_process_that_a_test_starts_reaches_it_either():
+    run = subprocess.run([sys.executable, "-c", REACH % ("192.0.2.1", 80)], capture_output=True, text=True)
+    assert run.returncode == 1 and "('192.0.2.1', 80): effkit works without a network" in run.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        subprocess.run([sys.executable, "-c", REACH % server.getsockname()], check=True)
+
+
+def test_no_stage_reaches_it(monkeypatch, capfd):
+    """The notebooks' kernels are children of a stage."""
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setitem(stages.STAGES, "probe", f"timeit -n 1 -r 1 {shlex.quote(REACH % ('192.0.2.1', 80))}")
+    ((_, code, _),) = stages.run("probe")
+    assert code == 1 and "effkit works without a network" in capfd.readouterr().err
