@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effkit.core.technique import evaluating
+from effkit.core.technique import clone, evaluating
 from effkit.pruning.labels import Labels, tensors_in
 from effkit.pruning.rules import RULES, pointwise
 
@@ -80,7 +80,11 @@ class _Tracer(TorchDispatchMode):
 
 
 def groups(model: nn.Module, example: tuple[Tensor, ...]) -> list[Group]:
-    """Every group of channels, those that must stay included; the model is run once, in evaluation mode."""
+    """Every group of channels, those that must stay included; the model is run once, in evaluation mode.
+
+    A model on a GPU is copied for that: which operators run depends on the device, and the rules know a CPU's."""
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model, example = clone(model).cpu(), tuple(x.cpu() for x in example)
     labels, names = Labels(), watchable(model)
     for tensor, (_, dims) in names.items():
         labels.watch(tensor, dims)

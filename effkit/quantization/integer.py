@@ -73,10 +73,14 @@ def split_product(
 
 
 def integer_matmul(a: Int8[Tensor, "rows n"], b: Int8[Tensor, "out n"]) -> Int32[Tensor, "rows out"]:
-    """a b^T with int32 accumulators. torch 2.13's kernel returns garbage on a CPU for n = 1, so one column is made two."""
-    if a.shape[1] == 1:
+    """a b^T with int32 accumulators, filled up with zeros to what the kernels take. torch 2.13's returns garbage on a CPU for
+    n = 1; cuBLAS wants more than 16 rows, and multiples of 8 of all else."""
+    rows, out, n = len(a), len(b), a.shape[1]
+    if a.is_cuda:
+        a, b = F.pad(a, (0, -n % 8, 0, max(0, 17 - rows))), F.pad(b, (0, -n % 8, 0, -out % 8))
+    elif n == 1:
         a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
-    return torch._int_mm(a, b.t())
+    return torch._int_mm(a, b.t())[:rows, :out]
 
 
 @stored

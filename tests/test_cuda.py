@@ -1,0 +1,70 @@
+"""On a GPU: every technique leaves the model where it was, computing what it computes on the processor."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from effkit import catalog, load, save
+from effkit.core.generation import Sampler
+from effkit.core.task import Batches
+from effkit.measure import latency
+from tests.subjects import SUBJECTS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these tests want one")
+
+TECHNIQUES = catalog.techniques()
+#: what is trained or drawn at random on another device takes another path
+TRAINED = {"QAT", "LSQ"}
+
+
+def moved(task, device="cuda"):
+    """The task with its data on the device."""
+    batches = lambda b: replace(b, inputs=b.inputs.to(device), targets=b.targets.to(device)) if isinstance(b, Batches) else replace(b, ids=b.ids.to(device))  # noqa: E731
+    splits = {name: batches(getattr(task, name)) for name in ("train", "calib", "val", "test")}
+    return replace(task, example=tuple(x.to(device) for x in task.example), **splits)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("name", sorted(TECHNIQUES))
+def test_a_model_on_a_gpu(name, subject):
+    technique, (build, task) = catalog.example(TECHNIQUES[name]), SUBJECTS[subject]
+    model, task = build(), task()
+    try:
+        expected = technique(model, task)(*task.example)
+    except ValueError as error:
+        pytest.skip(f"refused on the processor too: {error}")
+    task = moved(task)
+    result = technique(model.cuda(), task)
+    held = {t.device.type for t in [*result.parameters(), *result.buffers()] if t.numel()}
+    assert held <= {"cuda"}, f"{name} left something on {held}"
+    with torch.no_grad():
+        y = result(*task.example)
+    assert y.device.type == "cuda" and y.isfinite().all()
+    off = (y.cpu() - expected).norm() / expected.norm()
+    assert off < (1.0 if name in TRAINED else 0.02), f"{name}: off by {off:.2%}"
+
+
+@pytest.mark.parametrize("name", ["RTN", "W8A8", "AWQ", "NF4", "LoRA"])
+def test_what_was_made_on_a_gpu_can_be_saved_and_opened(name, tmp_path):
+    build, task = SUBJECTS["mlp"]
+    task = moved(task())
+    model = catalog.example(TECHNIQUES[name])(build().cuda(), task)
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors").cuda()
+    assert torch.equal(model(*task.example), again(*task.example))
+
+
+def test_a_decoder_generates_the_same_on_a_gpu():
+    build, task = SUBJECTS["gpt"]
+    (prompt,) = task().example
+    greedy = Sampler(temperature=0.0)
+    on_processor = build().generate(prompt, 12, sampler=greedy)
+    assert torch.equal(on_processor, build().cuda().generate(prompt.cuda(), 12, sampler=greedy).cpu())
+
+
+def test_latency_waits_for_the_gpu():
+    """Starting a kernel takes microseconds whatever it computes; this one takes at least 1.4e12 operations' time."""
+    a = torch.randn(8192, 8192, device="cuda")
+    assert latency(lambda: a @ a, budget_s=0.2).value > 1.1e12 / 1e15
+    assert latency(lambda: a @ a, budget_s=0.2).value > 10 * latency(lambda: a[:8, :8] @ a[:8, :8], budget_s=0.2).value
