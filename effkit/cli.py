@@ -60,8 +60,10 @@ def tour(
 ) -> None:
     """All eight paradigms on the shipped models: one table, one verdict each."""
     from effkit import tour as guide
+    from effkit.core.paths import check_writable
 
     with one_sentence(OSError, ValueError):
+        check_writable(out / "tour.json")
         stops = guide.tour(everything=everything)
         typer.echo(f"\n{guide.summary(stops)}\n")
         for stop in stops:
@@ -139,8 +141,10 @@ def apply(
 ) -> None:
     """Run a saved recipe on a model and save the result."""
     import effkit
+    from effkit.core.paths import check_writable
 
     with one_sentence(ValueError, OSError):
+        check_writable(out)
         technique = effkit.load_recipe(recipe)
         loaded, task = effkit.zoo.load(model)
         result = technique(loaded, task)

@@ -6,13 +6,12 @@ import platform
 import re
 import shutil
 import sys
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from effkit.core import native
-from effkit.core.paths import cache_dir, checkout
+from effkit.core.paths import cache_dir, check_writable, checkout
 
 GIB = 2**30
 INSTALL = "python -m pip install -c requirements.lock"
@@ -96,16 +95,11 @@ def disk() -> Finding:
 
 
 def cache() -> Finding:
-    """Writing is tried, for permissions alone don't tell on network drives."""
     folder = cache_dir() / "kernels"
-    probe = folder / f"doctor-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        check_writable(folder / "any")
     except OSError as error:
-        seen = f"{folder} cannot be written: {error.strerror}"
-        return Finding("kernel cache", seen, "set EFFKIT_CACHE to a folder of yours")
+        return Finding("kernel cache", str(error).rpartition(": ")[0], "set EFFKIT_CACHE to a folder of yours")
     return Finding("kernel cache", f"{folder} can be written")
 
 

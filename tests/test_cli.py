@@ -284,6 +284,21 @@ def test_what_these_commands_refuse_takes_one_sentence(arguments, said, tmp_path
     assert len(result.stderr.strip().splitlines()) == 1, "no traceback"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["tour", "--out", "file/results"], ["apply", "recipe.json", "--model", "mlp", "--out", "file/out"]]
+)
+def test_where_results_cannot_be_written_is_said_before_the_work(arguments, tmp_path, monkeypatch):
+    from effkit import tour, zoo
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for module, name in ((tour, "tour"), (zoo, "load")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work was begun"))
+    result = effkit(*arguments)
+    assert result.exit_code == 1 and "cannot be written" in result.stderr and arguments[-1] in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, "no traceback"
+
+
 def test_results_that_cannot_be_written_are_refused_in_one_sentence(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").write_text("a file where the folder should be")

@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -55,12 +57,10 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     """Writes a file beside `path`, flushes it to disk and renames it, so that readers see the old one or the new one.
 
     Whatever goes wrong, a full disk or Ctrl-C included, the old file stays as it was, nothing else stays behind, and
-    the error goes on to the caller.
+    the error goes on to the caller; an OSError names the file and the way out.
     """
     path = Path(path).resolve()  # through a link: its target is replaced, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with _named(path), _beside(path) as beside:
         with open(beside, "xb") as file:  # not tempfile: that one is readable by its owner alone
             file.write(content)
             file.flush()
@@ -68,5 +68,31 @@ def write_atomically(path: Path | str, content: bytes) -> None:
         if path.exists():
             shutil.copymode(path, beside)
         os.replace(beside, path)
+
+
+def check_writable(path: Path | str) -> None:
+    """Raises the OSError of `write_atomically` before the work that it would cost; makes the folder. Writing is tried,
+    for permissions alone don't tell on network drives."""
+    with _named(Path(path)), _beside(Path(path)) as beside:
+        beside.touch()
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """The name of a file in the same folder, which is made, and that is gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield beside
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors speak of the file that was wanted, not of the one beside it."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{path} cannot be written ({error.strerror or error})"
+        raise type(error)(f"{why}: make room there, or name a file in another folder, one that you may write to") from error

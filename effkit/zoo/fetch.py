@@ -103,10 +103,8 @@ def _unpack(source: Path, parcel: Parcel, target: Path) -> None:
     try:
         write_atomically(target, content)
     except OSError as error:
-        raise FetchError(
-            f"could not write {target} ({error.strerror or error}): it takes {parcel.megabytes} MB; "
-            "make room, or set EFFKIT_CACHE to a folder of yours that has it"
-        ) from error
+        way_out = f"it takes {parcel.megabytes} MB; make room, or set EFFKIT_CACHE to a folder of yours that has it"
+        raise FetchError(f"{str(error).rpartition(': ')[0]}: {way_out}") from error
 
 
 def _model_bytes(source: Path, parcel: Parcel) -> bytes:

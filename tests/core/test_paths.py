@@ -36,6 +36,55 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failing
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def a_file_for_a_folder(folder, monkeypatch):
+    (folder / "a").write_bytes(b"")
+    return folder / "a" / "model"
+
+
+def a_folder_for_a_file(folder, monkeypatch):
+    (folder / "model").mkdir()
+    return folder / "model"
+
+
+def a_full_disk(folder, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    return folder / "model"
+
+
+def a_folder_of_others(folder, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / ".model.0f.tmp"))
+
+    monkeypatch.setattr("builtins.open", refused)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    "place, why",
+    [
+        (a_file_for_a_folder, "Not a directory|File exists"),
+        (a_folder_for_a_file, "Is a directory"),
+        (a_full_disk, "No space left"),
+        (a_folder_of_others, "Permission denied"),
+    ],
+)
+def test_an_error_names_the_file_that_was_wanted_and_the_way_out(place, why, tmp_path, monkeypatch):
+    path = place(tmp_path, monkeypatch)
+    with pytest.raises(OSError, match=why) as caught:
+        paths.write_atomically(path, b"new")
+    said = str(caught.value)
+    assert said.startswith(str(path)) and "make room there, or name a file in another folder" in said
+    assert ".tmp" not in said and "Errno" not in said
+
+
+def test_whether_a_file_can_be_written_is_known_before_it_is(tmp_path):
+    paths.check_writable(tmp_path / "new" / "file")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(OSError, match="a/file cannot be written"):
+        paths.check_writable(tmp_path / "a" / "file")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 def test_modes_are_those_of_an_ordinary_file(tmp_path):
     """In a shared course folder others must read what one has written; tempfile's 0600 would not let them."""
