@@ -34,15 +34,9 @@ score = quality  # `quality` is also the name of a switch below
 
 
 def measure(
-    model: nn.Module,
-    task: Task,
-    work: Work = FORWARD,
-    *,
-    quality: bool = True,
-    name: str = "model",
-    min_repeats: int = 7,
-    budget_s: float = 1.0,
-) -> Report:
+    model: nn.Module, task: Task, work: Work = FORWARD, *,
+    quality: bool = True, name: str = "model", min_repeats: int = 7, budget_s: float = 1.0,
+) -> Report:  # fmt: skip
     """Readings of one model: its score on the test split, sizes, macs, latency, throughput and energy of the work.
 
     quality    False leaves out the score, which needs the task's per_example and test
@@ -52,15 +46,9 @@ def measure(
 
 
 def compare(
-    models: Mapping[str, nn.Module],
-    task: Task,
-    work: Work = FORWARD,
-    *,
-    quality: bool = True,
-    title: str = "",
-    min_repeats: int = 7,
-    budget_s: float = 1.0,
-) -> Table:
+    models: Mapping[str, nn.Module], task: Task, work: Work = FORWARD, *,
+    quality: bool = True, title: str = "", min_repeats: int = 7, budget_s: float = 1.0,
+) -> Table:  # fmt: skip
     """One row a model, the first being the baseline; latencies are taken in turns, budget_s seconds a model."""
     if not models:
         raise ValueError("compare got no models; pass {name: model}, the baseline first")

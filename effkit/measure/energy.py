@@ -115,13 +115,9 @@ class Power:
 
 
 def energy(
-    function: Callable[[], object],
-    *,
-    seconds: Reading | None = None,
-    power: Power = Power(),
-    meters: Sequence[Rapl | Nvml] | None = None,
-    budget_s: float = 1.0,
-) -> Reading:
+    function: Callable[[], object], *, seconds: Reading | None = None, power: Power = Power(),
+    meters: Sequence[Rapl | Nvml] | None = None, budget_s: float = 1.0,
+) -> Reading:  # fmt: skip
     """Joules a call: measured by counters where they move, else estimated as latency times power.
 
     seconds  latency of the function, if known;  meters   counters to read; those of this machine by default
