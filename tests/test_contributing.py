@@ -38,6 +38,18 @@ def test_the_example_rounds_to_the_nearest_power_of_two(technique):
             assert torch.allclose((after - before).abs().flatten(), nearest) and (after * before >= 0).all()
 
 
+def test_the_example_takes_a_weight_normed_layer(technique):
+    """Bad input 16: what the norm computed is baked, and stays a parameter that can be trained."""
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(6, 4)))
+    rounded = technique(model)
+    weight = rounded[0].get_parameter("weight")
+    assert weight.requires_grad and technique.claim(rounded).value <= weight.numel()
+    x = torch.rand(2, 6)
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    plain[0].load_state_dict({"weight": model[0].weight.detach(), "bias": model[0].bias.detach()})
+    assert torch.equal(rounded(x), technique(plain)(x))
+
+
 def test_the_example_loses_its_claim_in_a_training_step(technique):
     rounded, task = technique(mlp()), image_task()
     before = technique.claim(rounded).value

@@ -170,5 +170,8 @@ def bake(module: nn.Module) -> nn.Module:
         own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(shared.__name__, shared.__bases__, own)
     for name in list(getattr(module, "parametrizations", {})):
+        learned = [p.requires_grad for p in module.parametrizations[name].parameters()]  # type: ignore[index, union-attr]
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        if learned and name in module._buffers:  # what torch makes of several tensors that are frozen, or under no_grad
+            module._parameters[name] = nn.Parameter(module._buffers.pop(name).detach(), any(learned))  # type: ignore[union-attr]
     return module
