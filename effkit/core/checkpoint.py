@@ -50,12 +50,13 @@ def numbers(module: nn.Module) -> dict:
     return {n: v is not None if isinstance(v, Tensor) or n == "bias" else v for n, v in values.items()}
 
 
-def save(model: nn.Module, path: str | Path) -> int:
-    """Writes the model as one safetensors file and returns its size in bytes. Shared tensors are written once."""
+def save(model: nn.Module, path: str | Path, made: dict | None = None) -> int:
+    """Writes the model as one safetensors file and returns its size in bytes. Shared tensors are written once. made: how
+    the model was made, as JSON, to be read from the header."""
     tensors, ties = _unique_tensors(model)
     header = {"schema": SCHEMA, "root": type(model).__name__, "modules": describe(model), "ties": ties,
               "training": model.training, "frozen": [n for n, p in model.named_parameters() if not p.requires_grad]}  # fmt: skip
-    return write_tensors(Path(path), header, tensors)
+    return write_tensors(Path(path), header | ({"made": made} if made else {}), tensors)
 
 
 def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:

@@ -10,13 +10,13 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from effkit.core.checkpoint import load, save
+from effkit.core.checkpoint import fingerprint, load, read_tensors, save
 from effkit.core.paths import data_dir
 from effkit.core.task import Task
 from effkit.core.technique import kept_random_state
@@ -35,6 +35,12 @@ class Recipe:
     seed: int = 0
     save_every: int = 200  # steps that an interruption may cost
     first: "Recipe | None" = None  # the run whose checkpoint, in bfloat16, this one goes on from
+
+    def settings(self) -> dict:
+        """What of it can be compared, as JSON: the schedule, the seed, and the weights that training begins with."""
+        with kept_random_state():
+            torch.manual_seed(self.seed)
+            return {"schedule": asdict(self.schedule), "seed": self.seed, "begun": fingerprint([self.build()])}
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,18 @@ def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | N
     state = state or Path("results") / "train" / f"{name}.safetensors"
     path = out or data_dir() / f"{name}.safetensors"
     before = state.with_name(f"{name}-first.safetensors")
-    if recipe.first and not before.exists():
-        train(f"{name}-first", recipe.first, out=before, state=state.with_name(f"{name}-first-state.safetensors"))
+    if recipe.first:
+        if not before.exists():
+            train(f"{name}-first", recipe.first, out=before, state=state.with_name(f"{name}-first-state.safetensors"))
+        header, _ = read_tensors(before, "delete it to start over")
+        if header.get("made") != recipe.first.settings():
+            raise ValueError(f"{before} was left behind by a run of another recipe, {header.get('made')}; delete it to start over")
     with kept_random_state():
         torch.manual_seed(recipe.seed)
         model, task = load(before).float() if recipe.first else recipe.build(), recipe.task()
         loss = recipe.loss(model) if recipe.loss else None
         curve = fit(model, task, recipe.schedule, loss=loss, resume=state, save_every=recipe.save_every, label=name)
-    save(model.to(torch.bfloat16).eval(), path)
+    save(model.to(torch.bfloat16).eval(), path, recipe.settings())
     for done in (state, before):
         done.unlink(missing_ok=True)
     return Trained(path, curve, time.time() - begun)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effkit.core import paths, training
-from effkit.core.checkpoint import load
+from effkit.core.checkpoint import load, save
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule, fit
 from effkit.studies import train as studies
@@ -318,11 +318,32 @@ def test_a_run_goes_on_from_the_checkpoint_of_an_earlier_one_through_ctrl_c(tmp_
     longer = replace(recipe(), first=recipe())
     with pytest.raises(KeyboardInterrupt):
         studies.train("toy", replace(longer, loss=lambda model: impatient), **files)
-    unwanted = replace(longer, first=replace(recipe(), build=lambda: pytest.fail("the first run is done")))
+    unwanted = replace(longer, first=replace(recipe(), loss=lambda model: pytest.fail("the first run is done")))
     made = studies.train("toy", unwanted, **files)
     assert made.curve == wanted
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(load(made.path).parameters(), model.parameters(), strict=True))
     assert not list((tmp_path / "run").iterdir())
+
+
+OTHERS = {
+    "schedule": replace(recipe(), schedule=replace(SCHEDULE, lr=3e-3)), "seed": replace(recipe(), seed=1),
+    "model": replace(recipe(), build=lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*OTHERS, "no recipe", "damaged"])
+def test_a_first_checkpoint_of_another_recipe_is_refused(tmp_path, what):
+    """Left behind by a run that was stopped before its recipe was changed."""
+    files = dict(out=tmp_path / "toy.safetensors", state=tmp_path / "state")
+    left = tmp_path / "toy-first.safetensors"
+    studies.train("toy-first", OTHERS.get(what, recipe()), out=left, state=tmp_path / "first-state")
+    if what == "no recipe":
+        save(load(left), left)
+    if what == "damaged":
+        left.write_bytes(left.read_bytes()[:-3] + b"abc")
+    with pytest.raises(ValueError, match=r"toy-first.safetensors.*delete it to start over"):
+        studies.train("toy", replace(recipe(), first=recipe()), **files)
+    assert not files["out"].exists() and left.exists()
 
 
 def test_training_a_checkpoint_keeps_the_random_state(tmp_path):
