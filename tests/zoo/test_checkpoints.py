@@ -33,6 +33,15 @@ def test_classifiers_are_as_good_as_their_cards(name, least):
     assert task.per_example(model, task.test).mean() >= least
 
 
+@pytest.mark.parametrize("name", sorted(CARDS.keys() - {"gpt-small"}))
+def test_every_card_quotes_the_score_of_its_file(name):
+    """To an image or two of 1,000, which the processor's rounding may turn."""
+    (card,) = (line for line in SHEET.splitlines() if line.startswith(f"| `{name}.safetensors` |"))
+    (quoted,) = re.findall(r"accuracy ([\d.]+) \(test", card)
+    model, task = zoo.load(name)
+    assert task.per_example(model, task.test).mean() == pytest.approx(float(quoted), abs=0.002)
+
+
 def test_the_language_model_predicts_code_it_never_saw():
     """Far from the card's figure, which belongs to one Python version; a model that knew nothing would need 3.7 bits."""
     model, task = zoo.load("gpt-small")
