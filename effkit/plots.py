@@ -110,9 +110,11 @@ def bars(values: Named, *, title: str, xlabel: str, ylabel: str) -> Figure:
 
 
 def heatmap(
-    matrix, rows: Sequence, columns: Sequence, *, title: str, xlabel: str, ylabel: str, unit: str, center=None
+    matrix, rows: Sequence, columns: Sequence, *, title: str, xlabel: str, ylabel: str, unit: str, center=None, marks: Named | None = None
 ) -> Figure:
-    """A matrix as colours, its numbers in the cells where they fit; around `center`, two hues tell the sides apart."""
+    """A matrix as colours, its numbers in the cells where they fit; around `center`, two hues tell the sides apart.
+
+    marks   name -> (column, row), counted from 0, of points to be told apart; they may lie between cells"""
     values = _array(matrix)
     fig, axes = figure(title, xlabel, ylabel, size=(6.4, 1.8 + 0.35 * min(len(rows), 12)))
     reach = np.nanmax(np.abs(values - (center or 0)))
@@ -125,6 +127,10 @@ def heatmap(
         for (i, j), value in ((at, v) for at, v in np.ndenumerate(values) if np.isfinite(v)):
             dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    for (name, place), marker in zip((marks or {}).items(), itertools.cycle(MARKERS), strict=False):
+        axes.plot(*_values(place), marker, color="white", markeredgecolor="black", markersize=9, linestyle="none", label=name)
+    if marks:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8, frameon=False)
     fig.colorbar(image, ax=axes, label=unit)
     return fig
 

@@ -67,15 +67,16 @@ def looks_at_texts(technique: Technique) -> bool:
     return hasattr(technique, "examples")
 
 
+def luck_counts(technique: Technique) -> bool:
+    """Whether it is run on each calibration text; sensitivities take many passes, and are measured once."""
+    return looks_at_texts(technique) and not isinstance(technique, MixedPrecision)
+
+
 def recipes(model: str) -> dict[str, Technique]:
     """Cell's name, without its model -> the technique."""
     formats = {f"{way}, {bits} bits, {words(size)}": make(bits, size) for bits, size in FORMATS[model] for way, make in ROUNDING.items()}
     found = {"unchanged": Identity(), **formats, **(OTHERS if model == "gpt-small" else {}), **INTEGER}
-    mixed = {name for name in found if name.startswith("mixed")}  # their examples are few, and each a pass per layer
-    return {
-        name: replace(t, examples=EXAMPLES[model]) if looks_at_texts(t) and name not in mixed else t  # type: ignore[call-arg, type-var]
-        for name, t in found.items()
-    }
+    return {name: replace(t, examples=EXAMPLES[model]) if luck_counts(t) else t for name, t in found.items()}  # type: ignore[call-arg, type-var]
 
 
 def words(size: int) -> str:
@@ -112,7 +113,7 @@ def cells() -> Cells:
     for model in WINDOWS:
         for which in CALIBRATIONS[model]:
             for name, technique in recipes(model).items():
-                if which == 0 or looks_at_texts(technique):
+                if which == 0 or luck_counts(technique):
                     text = f", text {which}" if looks_at_texts(technique) else ""
                     found[f"{model}: {name}{text}"] = partial(cell, model, technique, which)
     constructed = "gpt-small with outliers"
