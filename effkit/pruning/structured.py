@@ -110,8 +110,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """To half of the digits: another shape means another kernel, which rounds otherwise."""
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape  # indices of nearly equal numbers may differ
-    tolerance = torch.finfo(a.dtype).eps ** 0.5 * (1 + b.double().abs().nan_to_num().max().item()) if b.numel() else 0.0
-    return bool(((a.double() - b.double()).nan_to_num().abs() <= tolerance).all())
+    a, b, eps = a.double(), b.double(), torch.finfo(a.dtype).eps
+    largest = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=eps**0.5 * (1 + largest), equal_nan=True)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

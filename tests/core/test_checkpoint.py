@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from effkit.core.checkpoint import load, save
+from effkit.core.checkpoint import fingerprint, load, save
 
 KINDS = [
     (nn.Linear(3, 5, bias=False), (2, 3)),
@@ -113,3 +113,18 @@ def test_a_module_that_stands_in_two_places_is_one_in_the_file_too(tmp_path):
     assert opened[0] is opened[2][1] is opened[3] and opened[0].weight is opened[3].weight
     x = torch.randn(3, 4)
     assert torch.equal(opened(x), model(x))
+
+
+class Holder(nn.Module):
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def test_a_fingerprint_tells_which_tensor_is_which():
+    """The same bytes in the same order under other names are other weights."""
+    x, y = torch.ones(2), torch.zeros(2)
+    models = [dict(a=x, b=y), dict(b=x, a=y), dict(a=x, c=y), dict(a=y, b=x), dict(a=x), dict(a=torch.ones(2, 1), b=y)]
+    assert len({fingerprint([Holder(**model)]) for model in models}) == len(models)
+    assert fingerprint([Holder(a=x, b=y)]) == fingerprint([Holder(a=x.clone(), b=y.clone())])

@@ -273,6 +273,40 @@ def test_a_slice_is_held_rather_than_cut_elsewhere():
     assert "slices" in found.held
 
 
+@pytest.mark.parametrize("pick", [lambda h: h[:, 2], lambda h: h.unbind(1)[2], lambda h: h.select(1, -1)])
+def test_a_picked_index_is_held_though_all_else_would_let_it_go(pick):
+    """What reads every channel could do with fewer; the index that is written into the code would pick another one."""
+
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = self.hidden(x)
+            return self.out(h), pick(h)
+
+    (found,) = [g for g in groups(Picks(), (torch.rand(2, 4),)) if "hidden" in g.layers]
+    assert found.held == "single indices are picked from it"
+
+
+@pytest.mark.parametrize("a, b, equal", [
+    ([1.0, 2.0], [1.0, 2.0 + 5e-4], True), ([1.0, 2.0], [1.0, 2.0 + 2e-3], False),  # eps^0.5 = 3.5e-4, times 1 + 2
+    ([100.0, 0.0], [100.0, 2e-2], True), ([100.0, 0.0], [100.0, 5e-2], False), ([0.0], [3e-4], True), ([0.0], [4e-4], False),
+    ([1.0, 2.0], [1.0], False), ([[1.0, 2.0]], [[1.0], [2.0]], False), ([], [], True), ([1, 2], [2, 1], True), ([1, 2], [1], False),
+    ([-torch.inf, 1.0], [-torch.inf, 1.0], True), ([-torch.inf, 1.0], [-torch.inf, 9.0], False), ([torch.inf], [-torch.inf], False),
+    ([torch.nan], [torch.nan], True), ([torch.nan], [1.0], False), ([1.0], [torch.nan], False),
+])  # fmt: skip
+def test_outputs_are_equal_to_half_of_the_digits(a, b, equal):
+    """Indices, which are whole numbers, may differ: of nearly equal numbers another one may be the largest."""
+    assert structured._equal(torch.tensor(a), torch.tensor(b)) is equal
+
+
+def test_half_precision_is_compared_to_half_of_its_own_digits():
+    a, b = torch.tensor([1.0]).bfloat16(), torch.tensor([1.125]).bfloat16()
+    assert structured._equal(a, b) and not structured._equal(a.double(), b.double())
+
+
 @pytest.mark.parametrize(
     "model, settings, said",
     [

@@ -241,6 +241,25 @@ def test_a_candidate_that_was_measured_but_not_told_counts(tmp_path, monkeypatch
     assert len(measured) == 1 and told(found) == told(search().run(5))
 
 
+def test_what_a_dead_process_bred_is_tried_before_more_is_bred(tmp_path, monkeypatch):
+    """Killed between breeding a child and asking for it: the child waits in the journal."""
+    path, wanted = tmp_path / "s.journal", told(search(sampler="evolution").run(20))
+
+    def killed(self, study):
+        raise KeyboardInterrupt
+
+    search(sampler="evolution", storage=path).run(14)
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_ask", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(sampler="evolution", storage=path).run(15)
+    states = lambda: [t.state for t in optuna.load_study(study_name="selection", storage=journal(path)).trials]  # noqa: E731
+    assert states().count(optuna.trial.TrialState.WAITING) == 1
+    assert told(search(sampler="evolution", storage=path).run(15)) == wanted[:15]
+    assert optuna.trial.TrialState.WAITING not in states(), "another child was bred although one waited"
+    assert told(search(sampler="evolution", storage=path).run(20)) == wanted
+
+
 def test_a_living_process_keeps_its_trial(tmp_path):
     study = optuna.create_study(storage=journal(tmp_path / "s.journal"), directions=["minimize"] * 2)
     owners = {f"elsewhere {os.getpid()}": False, f"{searches.socket.gethostname()} {os.getppid()}": False, "": True}
