@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 #: scales are kept in bfloat16: half the bytes of float32 and the same range, so that the scale of tiny weights cannot underflow
 SCALE_DTYPE = torch.bfloat16
-_FLOOR = 2.0**-100
+#: of scales: the smallest number of bfloat16 and float32 that has all its digits
+FLOOR = 2.0**-126
 
 
 def grouped(w: Float[Tensor, "rows n"], group_size: int) -> Float[Tensor, "rows groups size"]:
@@ -47,13 +48,13 @@ def grid(
         zero_point = torch.full_like(scale, 2 ** (bits - 1))
     else:
         scale = (high - low) / top
-        zero_point = (-low / scale.clamp(min=_FLOOR)).round().clamp(0, top)
+        zero_point = (-low / scale.clamp(min=FLOOR)).round().clamp(0, top)
     return storable(scale), zero_point
 
 
 def storable(scale: Float[Tensor, "*g 1"]) -> Float[Tensor, "*g 1"]:
     """The next bfloat16 value from above: rounding down would push the largest weights off the grid."""
-    scale = torch.where(scale > 0, scale.clamp(min=_FLOOR), 1.0)
+    scale = torch.where(scale > 0, scale.clamp(min=FLOOR), 1.0)
     short = scale.to(SCALE_DTYPE)
     return torch.where(short.float() < scale, torch.nextafter(short, short.new_tensor(torch.inf)), short).float()
 

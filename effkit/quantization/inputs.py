@@ -6,7 +6,8 @@ Idea      One scale and one zero point a layer, fixed beforehand: x ~ s_x (q_x -
               y = s_x s_w (c q_w^T + (h - z) sum(q_w)).
 Runs      Linear layers with such weights in int8, accumulated in int32. Convolutions, and weights in groups or off
           centre, in floats: their factors are rounded, their products are not products of integers.
-Limit     |sum| <= 128 * 128 * n must fit an int32; above 131,071 inputs a layer runs in floats.
+Limit     |sum| of both parts, which is |sum (q_x - z) q_w| <= 255 * 128 * n, must fit an int32; above 65,793 inputs a layer
+          runs in floats. What was NaN has no code: a token that holds one yields NaN, as in floats.
 Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1 and 7 (the zero point's part taken out of the product), sec. 3.1.
 """
 
@@ -26,7 +27,7 @@ from effkit.quantization.layers import QuantizedConv2d, QuantizedLinear
 from effkit.quantization.observers import Grid
 from effkit.quantization.packed import PackedWeight
 
-_MOST_INPUTS = (2**31 - 1) // 128**2
+_MOST_INPUTS = (2**31 - 1) // (255 * 128)
 
 
 def round_through(
@@ -88,7 +89,8 @@ class RoundedLinear(QuantizedLinear):
         q_w = centred(unpack(store.codes, store.bits, self.in_features), store.bits)
         off_centre = 2 ** (seen.bits - 1) - seen.zero_point.int()
         y = integer_matmul(centred(seen.codes(x), seen.bits), q_w) + off_centre * q_w.sum(1, dtype=torch.int32)
-        return y * (seen.scale.float() * store.scale.float().t())
+        y = y * (seen.scale.float() * store.scale.float().t())
+        return y.masked_fill(x.isnan().any(-1, keepdim=True), torch.nan)
 
     def runs_in_integers(self) -> bool:
         """Whether the weights' scales can be taken out of the product."""

@@ -33,6 +33,7 @@ from effkit.core.surgery import bake, swap
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import FLOAT_WEIGHTS
+from effkit.quantization.affine import FLOOR
 from effkit.quantization.layers import look
 
 FixedScale = Float[Tensor, "1 1"] | None  # one for all rows, or each row finds its own
@@ -40,9 +41,9 @@ _MOST_INPUTS = (2**31 - 1) // 127**2
 
 
 def int8_step(largest: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
-    """The scale whose code 127 is the largest value; 1 where that is zero."""
+    """The scale whose code 127 is the largest value; 1 where that is zero, NaN where it is NaN."""
     largest = largest.float()
-    return torch.where(largest > 0, largest / 127, 1.0).clamp(min=2.0**-100)
+    return torch.where(largest == 0, 1.0, largest / 127).clamp(min=FLOOR)
 
 
 def to_int8(
@@ -58,9 +59,11 @@ def to_int8(
 def int8_product(
     x: Float[Tensor, "rows n"], q_w: Int8[Tensor, "out n"], s_w: Float[Tensor, "1 out"], s_x: FixedScale = None
 ) -> Float[Tensor, "rows out"]:
-    """y = (q_x q_w^T) s_x s_w."""
-    q_x, s_x = to_int8(x, s_x)
-    return integer_matmul(q_x, q_w).to(s_x.dtype).mul_(s_x).mul_(s_w)
+    """y = (q_x q_w^T) s_x s_w. NaN has no code: where a token holds one its scale is NaN, and so is its y."""
+    q_x, scale = to_int8(x, s_x)
+    if s_x is not None:  # a token's own scale is NaN already
+        scale = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, scale)
+    return integer_matmul(q_x, q_w).to(scale.dtype).mul_(scale).mul_(s_w)
 
 
 def split_product(
