@@ -26,6 +26,9 @@ from effkit.quantization import (
     KMeans,
     MixedPrecision,
     SmoothQuant,
+    affine,
+    inputs,
+    integer,
 )
 from effkit.quantization.inputs import InputGrid, RoundedLinear
 from effkit.quantization.integer_only import OBSERVERS, REAL_ZERO
@@ -284,3 +287,26 @@ def test_no_accumulator_of_rounded_layers_overflows(inputs):
 def test_layers_whose_sums_could_overflow_are_refused():
     with pytest.raises(ValueError, match="133145 inputs could overflow int32; at most 133144 are allowed: leave it out with `layers`"):
         W8A8()(nn.Sequential(nn.Linear(133_145, 1)), task())
+
+
+# planted bugs
+
+
+def test_a_bound_on_the_product_alone_is_caught(monkeypatch):
+    """What stood here once: the product fits an int32, and so does the zero point's part, but not their sum."""
+    monkeypatch.setattr(inputs, "_MOST_INPUTS", (2**31 - 1) // 128**2)
+    with pytest.raises(AssertionError):
+        test_no_accumulator_of_rounded_layers_overflows(100_001)
+
+
+def test_a_scale_of_one_for_nan_is_caught(monkeypatch):
+    """What stood here once, since NaN > 0 is false."""
+    monkeypatch.setattr(integer, "int8_step", lambda largest: torch.where(largest > 0, largest / 127, 1.0))
+    with pytest.raises(AssertionError, match="a number came out of NaN"):
+        test_nan_is_never_turned_into_a_number(W8A8())
+
+
+def test_a_floor_that_is_too_high_is_caught(monkeypatch):
+    monkeypatch.setattr(affine, "FLOOR", 2.0**-100)
+    with pytest.raises(AssertionError):
+        test_tiny_and_huge_weights_are_rounded_as_others_are(RTN(), -100)

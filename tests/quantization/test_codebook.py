@@ -378,3 +378,14 @@ def test_lloyd_that_leaves_the_running_sum_one_off_would_be_caught(monkeypatch):
     monkeypatch.setattr(torch, "searchsorted", lambda *a, **k: (right(*a, **k) - 1).clamp(min=0))
     with pytest.raises(AssertionError):
         test_lloyd_is_kmeans_as_it_is_usually_written()
+
+
+@pytest.mark.parametrize("largest, bias", [(240.0, 7), (448.0, 8)])
+def test_an_e4m3_of_another_make_would_be_caught(monkeypatch, largest, bias):
+    """Planted: the largest number of the float with infinities, and the other convention's bias."""
+    wrong = codebook.minifloat(4, 3, largest=largest) * 2.0 ** (7 - bias)
+    monkeypatch.setattr(codebook, "E4M3", wrong)
+    monkeypatch.setitem(globals(), "E4M3", wrong)
+    for law in (test_e4m3_has_the_values_of_torch, lambda: test_fp8_is_torchs_float8_times_its_scale(-1)):
+        with pytest.raises(AssertionError):
+            law()

@@ -19,7 +19,7 @@ from effkit import load, log, save, zoo
 from effkit.core.task import Batches, Task
 from effkit.quantization import IntegerOnly, integer_net, integer_only
 from effkit.quantization.integer_net import IntegerLinear, IntegerNet, fixed_point, round_shift
-from effkit.quantization.integer_only import fold
+from effkit.quantization.integer_only import OBSERVERS, REAL_ZERO, fold
 from tests.subjects import image_task, mlp, resnet
 
 
@@ -167,6 +167,18 @@ def test_accuracy_stays_within_a_point(name):
     with torch.no_grad():
         before, after = (task.per_example(m, task.test.first(500)).mean() for m in (model, IntegerOnly()(model, task)))
     assert before > 0.9 and abs(after - before) <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [8, 256])
+@pytest.mark.parametrize("search", [name for name in OBSERVERS if name not in REAL_ZERO])
+def test_no_observer_breaks_a_trained_model(search, examples):
+    """KL and percentiles clip the ResNet's last ranges to a seventh and lose up to a point by that."""
+    model, task = zoo.load("resnet")
+    few = task.test.first(250)
+    with torch.no_grad():
+        before, after = (task.per_example(m, few).mean() for m in (model, IntegerOnly(search, examples)(model, task)))
+    assert before > 0.95 and after >= before - 0.02
 
 
 def check_operators(net: IntegerNet, model: nn.Module, x: torch.Tensor) -> None:

@@ -454,6 +454,14 @@ def test_min_max_follows_the_extremes_while_it_is_trained():
     assert rounding.grid()[0].item() == pytest.approx((high - low) / 15, rel=2**-7)
 
 
+@pytest.mark.parametrize("bug", ["as calibration left it", "the newest batch alone"])
+def test_a_range_that_does_not_follow_would_be_caught(bug, monkeypatch):
+    share = {"as calibration left it": 0.0, "the newest batch alone": 1.0}[bug]
+    monkeypatch.setattr(RunningRange.__init__, "__defaults__", (share,))
+    with pytest.raises(AssertionError):
+        test_min_max_follows_the_extremes_while_it_is_trained()
+
+
 def test_the_sign_of_inputs_is_found_in_calibration():
     result = LSQ(3, 3)(trained(16, 32, 4), clouds())
     assert [result[i].input_grid.zero_point.item() for i in (0, 2)] == [4, 0]

@@ -305,3 +305,17 @@ def test_a_search_without_coarser_scales_would_be_caught(monkeypatch):
     monkeypatch.setattr(torch, "linspace", lambda high, low, n, **kw: plain(min(high, 1.0), low, n, **kw))
     with pytest.raises(AssertionError):
         test_least_squares_is_near_the_optimum_of_small_groups(4, 4)
+
+
+def test_a_percentage_counted_from_the_wrong_end_would_be_caught(monkeypatch):
+    """Planted: numbers in falling order, so that 99.9 % keeps only the middle thousandth."""
+    right = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, dim: right(x, dim, descending=True))
+    with pytest.raises(AssertionError):
+        test_all_percent_are_min_max_and_99_9_percent_give_up_one_number_in_a_thousand()
+
+
+def test_a_real_zero_point_that_is_rounded_to_a_code_would_be_caught(monkeypatch):
+    monkeypatch.setattr(observers, "short", lambda zero_point: zero_point.round().clamp(0, 15))
+    with pytest.raises(AssertionError):
+        test_a_real_zero_point_helps_where_the_numbers_are_on_one_side()
