@@ -1,6 +1,12 @@
 """Bad input gets one sentence: the value, what is allowed, and the way out."""
 
+import dataclasses
+import types
+import typing
+from functools import cache
 from numbers import Integral, Real
+
+_WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None, *, hint: str = "") -> None:
@@ -24,10 +30,54 @@ def require_float(
         raise ValueError(f"{name} must be a number in {left}{low}, {'inf' if high is None else high}{right}, got {value!r}{_tail(hint)}")
 
 
+def require_seed(seed: object) -> None:
+    """Raises ValueError for what random generators do not take."""
+    require_int("seed", seed, 0, 2**32 - 1, hint="the same seed draws the same numbers")
+
+
 def require_choice(name: str, value: object, choices, *, hint: str = "") -> None:
     """Raises ValueError unless value is one of the choices, which the message lists."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{_tail(hint)}")
+
+
+def require_types(settings: object) -> None:
+    """Raises ValueError naming the first field of a dataclass whose value is not what its annotation says."""
+    for name, hint in _hints(type(settings)).items():
+        if not _fits(value := getattr(settings, name), hint):
+            kind = " or ".join(map(_in_words, typing.get_args(hint) if _is_union(hint) else (hint,)))
+            raise ValueError(f"{name} must be {kind}, got {value!r}{_tail(f'a setting of {type(settings).__name__}')}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, object]:
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _is_union(hint: object) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _in_words(hint: object) -> str:
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    plain = "None" if hint is type(None) else getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+    return " or ".join(map(repr, choices)) or _WORDS.get(hint, plain)
+
+
+def _fits(value: object, hint: typing.Any) -> bool:
+    """Whether a value is what the annotation says; what it can't tell, it lets pass."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if _is_union(hint):
+        return any(_fits(value, a) for a in args)
+    if origin is tuple and isinstance(value, tuple):
+        wanted = [args[0]] * len(value) if args[1:] == (...,) else args
+        return len(wanted) == len(value) and all(map(_fits, value, wanted))
+    if origin is typing.Literal:
+        return value in args
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return not isinstance(origin or hint, type) or isinstance(value, origin or hint)
 
 
 def _tail(hint: str) -> str:

@@ -5,7 +5,6 @@ A recipe is data that strangers send; it names classes of a catalogue that is pa
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +33,13 @@ def write(technique: Technique, path: str | Path) -> None:
 
 
 def read(path: str | Path, catalog: Mapping[str, type[Technique]]) -> Technique:
+    way_out = "give the path of a file that effkit.save_recipe or effkit select wrote"
     try:
-        data = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a recipe: it is not JSON ({error})") from error
+        data = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}): {way_out}") from error
+    except ValueError as error:  # no JSON, or not even text
+        raise ValueError(f"{path} is not a recipe: it is not JSON ({error}); {way_out}") from error
     return from_json(data, catalog)
 
 
@@ -53,38 +55,15 @@ def _decode(data: dict, catalog: Mapping[str, type[Technique]]) -> Technique:
     if not isinstance(name, str) or name not in catalog:
         raise ValueError(f"no technique {name!r} in the catalogue; it has {', '.join(sorted(catalog))}")
     kind = catalog[name]
-    hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields) - {"technique"})
     if unknown:
         raise ValueError(f"{name} has no field {', '.join(unknown)}; it has {', '.join(fields) or 'none'}")
-    return kind(**{key: _value(data[key], hints[key], f"{name}.{key}", catalog) for key in fields if key in data})
+    return kind(**{key: _value(data[key], catalog) for key in fields if key in data})
 
 
-def _value(value: object, hint: object, where: str, catalog) -> object:
-    """A field's value as its annotation wants it: lists become tuples, numbers stay what they are."""
+def _value(value: object, catalog: Mapping[str, type[Technique]]) -> object:
+    """As a technique's field has it: lists become tuples. Whether it may be that, the technique checks itself."""
     if isinstance(value, dict):
-        value = _decode(value, catalog)
-    if isinstance(value, list):
-        kinds = (hint, *typing.get_args(hint))  # of `tuple[int, ...] | None` the tuple
-        kind = next((k for k in kinds if typing.get_origin(k) is tuple), hint)
-        args = [a for a in typing.get_args(kind) if a is not Ellipsis] or [object]
-        value = tuple(_value(v, args[min(i, len(args) - 1)], f"{where}[{i}]", catalog) for i, v in enumerate(value))
-    if not _fits(value, hint):
-        raise ValueError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
-    return value
-
-
-def _fits(value: object, hint: object) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is tuple:
-        return isinstance(value, tuple)
-    if origin is typing.Literal:
-        return value in args
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint in (object, typing.Any) or (isinstance(hint, type) and isinstance(value, hint))
+        return _decode(value, catalog)
+    return tuple(_value(v, catalog) for v in value) if isinstance(value, list) else value

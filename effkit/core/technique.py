@@ -11,11 +11,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from effkit.core.checks import require_types
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
@@ -58,6 +60,15 @@ class Technique:
     gives: ClassVar[frozenset[Trait]] = frozenset()
     paper: ClassVar[Paper]
 
+    def __init_subclass__(cls):
+        """What a class checks itself, and explains, comes first; then each setting has to be what its annotation says."""
+        super().__init_subclass__()
+        if (own := cls.__dict__.get("__post_init__")) is not None:
+            cls.__post_init__ = wraps(own)(lambda self: _checked(self, own))  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
     def __call__(self, model: nn.Module, task: Task | None = None) -> nn.Module:
         """The model, rewritten; the one passed in is untouched, and so are the global random state and each mode."""
         model = unwrap(model)
@@ -80,6 +91,15 @@ class Technique:
     def claim(self, model: nn.Module) -> Reading:
         """What this technique promises about its result, counted on the model itself; its parameters, unless it says more."""
         return Reading(sum(p.numel() for p in model.parameters()), "params", "counted", better="lower")
+
+
+def _checked(technique: Technique, own: Callable[[Technique], None]) -> None:
+    try:
+        own(technique)
+    except TypeError:  # as of "4" < 8
+        require_types(technique)
+        raise
+    require_types(technique)
 
 
 @dataclass(frozen=True)

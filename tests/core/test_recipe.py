@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import effkit
-from effkit.core import recipe
+from effkit.core import checks, recipe
 from effkit.core.technique import Identity, Pipeline, Technique
 
 
@@ -107,6 +107,23 @@ def test_a_recipe_that_makes_a_forbidden_order_is_refused():
 
 
 def test_a_reader_that_trusts_types_is_caught(monkeypatch):
-    monkeypatch.setattr(recipe, "_fits", lambda value, hint: True)
+    monkeypatch.setattr(checks, "_fits", lambda value, hint: True)
     with pytest.raises(pytest.fail.Exception):
         test_a_field_of_the_wrong_kind_is_refused_with_its_value("count", 2.5)
+
+
+def test_bits_that_are_no_whole_number_are_refused_with_what_is_allowed():
+    with pytest.raises(ValueError, match="bits must be a whole number from 2 to 8, got 2.5: codes are packed"):
+        effkit.load_recipe({"schema": 1, "technique": "RTN", "bits": 2.5})
+
+
+@pytest.mark.parametrize("content, why", [(b"\x80\x81\xff\x00", "is not a recipe: it is not JSON"), (None, "cannot be read")])
+def test_a_file_that_cannot_be_a_recipe_is_named_with_the_way_out(tmp_path, content, why):
+    for path in (tmp_path, tmp_path / "r.json"):
+        if content is not None and path != tmp_path:
+            path.write_bytes(content)
+        with pytest.raises((ValueError, OSError)) as caught:
+            recipe.read(path, CATALOG)
+        said = str(caught.value)
+        assert said.startswith(str(path)) and "effkit.save_recipe or effkit select" in said and "Errno" not in said
+    assert why in said
