@@ -58,7 +58,7 @@ class QAP(QAT):
 
     def __post_init__(self):
         super().__post_init__()
-        require_float("sparsity", self.sparsity, 0.0, 1.0, open_high=True)
+        require_float("sparsity", self.sparsity, 0.0, 1.0, open_high=True, hint="0.9 takes out nine of ten")
 
     def begin(self, layer: nn.Module) -> None:
         grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}

@@ -170,8 +170,8 @@ def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor]) -> int:
 
 def read_tensors(path: Path, way_out: str = "fetch or make it again") -> tuple[dict, dict[str, Tensor]]:
     """Header and tensors, both checked."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}{', but a folder' * path.is_dir()}: give the path of a file that effkit.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("effkit", "null"))

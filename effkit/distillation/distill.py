@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from effkit.core.checks import require_choice, require_float, require_int
+from effkit.core.checks import require_choice, require_float, require_int, require_seed
 from effkit.core.report import Reading
 from effkit.core.surgery import is_linear_like, note
 from effkit.core.task import Batch, Task
@@ -83,12 +83,12 @@ class Distill(Technique):
     def __post_init__(self):
         if not isinstance(self.student, Technique):
             raise ValueError(f"student must be a technique, such as Fresh(...) or Magnitude(0.7), got {self.student!r}")
-        require_float("alpha", self.alpha, 0.0, 1.0)
+        require_float("alpha", self.alpha, 0.0, 1.0, hint="the labels' share of the loss; 1 is plain training")
         require_float("temperature", self.temperature, 0.0, open_low=True, hint="1 leaves probabilities as they are")
         require_int("epochs", self.epochs, 1)
         require_float("lr", self.lr, 0.0, open_low=True)
         require_choice("divergence", self.divergence, tuple(DIVERGENCES))
-        require_int("seed", self.seed, 0)
+        require_seed(self.seed)
 
     needs = property(lambda self: self.student.needs)
     breaks = property(lambda self: self.student.breaks)

@@ -38,7 +38,7 @@ def require_one(technique: object, *ways: str) -> None:
         raise ValueError(f"give one of {names}, got {given}: each alone decides every rank")
     for name, value in given.items():
         if name == "rank":
-            require_int(name, value, 1)
+            require_int(name, value, 1, hint="one number for every layer; for less loss without a number, give a share instead")
         else:
             require_float(name, value, 0.0, 1.0, open_low=True, hint="a share; 1 changes nothing")
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from effkit.core.checkpoint import stored
+from effkit.core.checks import require_int
 from effkit.core.report import Reading
 from effkit.core.surgery import find, inherit, note, replace_modules
 from effkit.core.task import Task
@@ -54,7 +55,11 @@ def expand(core: Float[Tensor, "p q h w"], u_out: Float[Tensor, "o p"], u_in: Fl
 
 
 def hosvd(w: Float[Tensor, "o i h w"], ranks: tuple[int, int]) -> Factors:
-    """Each mode on its own."""
+    """Each mode on its own. Raises ValueError unless ranks are two, of the outputs and of the inputs."""
+    if not (isinstance(ranks, tuple | list) and len(ranks) == 2):
+        raise ValueError(f"ranks must be two whole numbers, (R_out, R_in), got {ranks!r}: one for each mode of channels")
+    for name, rank, channels in zip(("R_out", "R_in"), ranks, w.shape, strict=False):
+        require_int(name, rank, 1, channels, hint="a mode has no more directions than channels")
     u_out, u_in = (leading(w, mode, rank) for mode, rank in enumerate(ranks))
     return u_out, project(w, u_out, u_in), u_in
 

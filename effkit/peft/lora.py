@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.core.checkpoint import stored
-from effkit.core.checks import require_choice, require_float, require_int
+from effkit.core.checks import require_choice, require_float, require_int, require_seed
 from effkit.core.report import Reading
 from effkit.core.surgery import dense_weight, find, inherit, is_linear_like, note, replace_modules
 from effkit.core.task import Batch, Task
@@ -134,13 +134,14 @@ class LoRA(Technique):
     paper = Paper("Hu et al.", 2021, "LoRA: low-rank adaptation of large language models", "arXiv:2106.09685", "eq. 3")
 
     def __post_init__(self):
-        require_int("rank", self.rank, 1)
+        require_int("rank", self.rank, 1, hint="8 is usual; for no adapters, leave LoRA out")
         require_float("alpha", self.alpha, 0.0, open_low=True, hint="it scales the update; 2 * rank is usual")
         require_choice("scaling", self.scaling, tuple(SCALES))
         require_int("epochs", self.epochs, 0, hint="0 only inserts the adapters")
         if self.steps is not None:
             require_int("steps", self.steps, 0, hint="0 only inserts the adapters")
         require_float("lr", self.lr, 0.0, open_low=True)
+        require_seed(self.seed)
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for a model that carries adapters already, and says where; and for a compiled one."""

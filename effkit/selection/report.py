@@ -42,6 +42,8 @@ def write(found: Selection, folder: Path, name: str) -> list[Path]:
 
 def run(model: str, limits: Constraints, study: str, **options) -> tuple[Selection, list[Path]]:
     """`effkit select`: the search over a model of the zoo, its journal and results under results/select/."""
+    if study != Path(study).name or "\\" in study or study == "..":
+        raise ValueError(f"study must be a name without folders, got {study!r}: its files go to results/select/")
     loaded, task = zoo.load(model)
     folder, name = Path("results") / "select", study or f"{model}-{digest(limits, options)}"
     found = select(loaded, task, limits, storage=folder / f"{name}.journal", study=name, **options)

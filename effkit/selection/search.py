@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from effkit import catalog
 from effkit.core import recipe
-from effkit.core.checks import require_choice, require_int
+from effkit.core.checks import require_choice, require_int, require_seed
 from effkit.core.report import Reading
 from effkit.core.task import Score
 from effkit.core.technique import Identity, Technique
@@ -67,7 +67,7 @@ class Search:
 
     def __post_init__(self):
         require_choice("sampler", self.sampler, SAMPLERS)
-        require_int("seed", self.seed, 0)
+        require_seed(self.seed)
 
     def run(self, trials: int) -> list[Candidate]:
         """Goes on until so many different candidates were measured, or refused, or there is none left."""

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 
 def check_draft(target: nn.Module, draft: nn.Module, tokens: int) -> None:
+    """Raises ValueError unless both are decoders over one vocabulary and the draft reads as many tokens."""
+    for who, model in {"target": target, "draft": draft}.items():
+        if not hasattr(model, "new_cache"):
+            how = "take a model that generates, such as effkit.zoo.load('gpt-small')"
+            raise ValueError(f"the {who} must be a decoder, got {type(model).__name__}, which generates nothing: {how}")
     theirs, ours = vocabulary(draft), vocabulary(target)
     if theirs != ours:
         how = "p and q must speak of the same tokens, so take a draft with the target's tokenizer"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from effkit.core import checkpoint
-from effkit.core.checks import require_choice, require_int
+from effkit.core.checks import require_choice, require_seed
 from effkit.core.surgery import bake, note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique, kept_random_state
@@ -67,7 +67,7 @@ class Fresh(Technique):
 
     def __post_init__(self):
         require_choice("kind", self.kind, ("", *sorted(checkpoint.KINDS)), hint="empty: the class of the model at hand")
-        require_int("seed", self.seed, 0)
+        require_seed(self.seed)
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in self.numbers):
             raise ValueError(f"numbers must be pairs of name and value, as in (('layers', 2),), got {self.numbers!r}")
 

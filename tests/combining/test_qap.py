@@ -126,3 +126,9 @@ def test_convolutions_too(tmp_path):
 def test_bad_input_gets_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_outside_is_refused_with_the_way_out(sparsity):
+    with pytest.raises(ValueError, match=r"sparsity must be a number in \[0.0, 1.0\), got .*: 0.9 takes out nine of ten"):
+        QAP(sparsity=sparsity)

@@ -128,3 +128,11 @@ def test_a_fingerprint_tells_which_tensor_is_which():
     models = [dict(a=x, b=y), dict(b=x, a=y), dict(a=x, c=y), dict(a=y, b=x), dict(a=x), dict(a=torch.ones(2, 1), b=y)]
     assert len({fingerprint([Holder(**model)]) for model in models}) == len(models)
     assert fingerprint([Holder(a=x, b=y)]) == fingerprint([Holder(a=x.clone(), b=y.clone())])
+
+
+@pytest.mark.parametrize("place, seen", [("", ", but a folder"), ("nothing", "")])
+def test_what_is_no_file_is_named_with_the_way_out(tmp_path, place, seen):
+    path = tmp_path / place
+    with pytest.raises(FileNotFoundError) as caught:
+        load(path)
+    assert str(caught.value) == f"there is no file {path}{seen}: give the path of a file that effkit.save wrote"

@@ -294,3 +294,9 @@ class Pair(nn.Module):
 
     def forward(self, x):
         return self.out(x), x
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_an_alpha_outside_is_refused_with_the_way_out(alpha):
+    with pytest.raises(ValueError, match=r"alpha must be a number in \[0.0, 1.0\], got .*: the labels' share of the loss"):
+        Distill(alpha=alpha)

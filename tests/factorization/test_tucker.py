@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from effkit import load, log, save
-from effkit.factorization import Tucker2, tucker
+from effkit.factorization import SVD, Tucker2, tucker
 from effkit.factorization.tucker import TuckerConv2d, expand, hooi, hosvd, size
 from effkit.zoo import ResNet
 
@@ -187,3 +187,23 @@ def test_a_window_on_the_wrong_layer_is_caught(monkeypatch):
     monkeypatch.setattr(tucker, "_window", lambda layer: right(layer) | {"padding": 0})
     with pytest.raises(AssertionError):
         test_three_layers_are_the_one_with_the_reconstructed_weight(dict(stride=2, padding=1))
+
+
+@pytest.mark.parametrize("ranks", [(2,), (2, 2, 2), 2, "22", None])
+def test_ranks_that_are_not_two_are_refused(ranks):
+    for decompose in (hosvd, hooi):
+        with pytest.raises(ValueError, match=r"ranks must be two whole numbers, \(R_out, R_in\), got .*: one for each mode"):
+            decompose(torch.rand(4, 3, 2, 2), ranks)
+
+
+@pytest.mark.parametrize("ranks, said", [((5, 2), "R_out .* from 1 to 4, got 5"), ((2, 0), "R_in .* from 1 to 3, got 0"), ((2, 1.5), "R_in .*1.5")])
+def test_a_rank_beyond_the_channels_is_refused(ranks, said):
+    with pytest.raises(ValueError, match=said):
+        hosvd(torch.rand(4, 3, 2, 2), ranks)
+
+
+@pytest.mark.parametrize("kind", [Tucker2, SVD])
+@pytest.mark.parametrize("rank", [0, [4, 4], 2.5])
+def test_a_rank_that_is_none_is_refused_with_the_way_out(kind, rank):
+    with pytest.raises(ValueError, match="rank must be a whole number, at least 1, got .*: one number for every layer"):
+        kind(rank=rank)

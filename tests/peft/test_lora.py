@@ -279,3 +279,14 @@ def test_an_unfrozen_base_is_caught(monkeypatch):
     monkeypatch.setattr(lora, "insert", insert)
     with pytest.raises(AssertionError):
         test_only_adapters_receive_gradients_and_the_base_stays_bit_by_bit("float")
+
+
+@pytest.mark.parametrize("seed", [2.5, -1, 2**64, "0"])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295, got .*: the same seed draws"):
+        LoRA(seed=seed)
+
+
+def test_a_rank_of_0_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="rank must be a whole number, at least 1, got 0: 8 is usual"):
+        LoRA(rank=0)

@@ -14,6 +14,7 @@ from effkit.speculative.law import Pass
 from effkit.speculative.speculate import DraftModel, overlap, residual, sample
 from tests.caching.decoders import decoder, text
 from tests.speculative.worlds import enumerated, fit, joint, largest_gap, table
+from tests.subjects import gpt, mlp
 
 GREEDY, COLD = Sampler(temperature=0.0), Sampler(temperature=0.4)
 SAMPLERS = {
@@ -324,3 +325,10 @@ def test_impossible_prompts_are_refused(ids):
 def test_temperature_below_zero_is_refused():
     with pytest.raises(ValueError, match="temperature must be a number"):
         speculative_generate(decoder(), decoder(1), text(3), 4, sampler=Sampler(temperature=-1.0))
+
+
+def test_what_is_no_decoder_is_refused_on_either_side():
+    decoder, other, ids = gpt(), mlp(), torch.zeros(1, 3, dtype=torch.long)
+    for target, draft, who in ((decoder, other, "draft"), (other, decoder, "target")):
+        with pytest.raises(ValueError, match=f"the {who} must be a decoder, got MLP, which generates nothing: take a model"):
+            speculative_generate(target, draft, ids, 4)
