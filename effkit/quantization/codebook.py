@@ -10,7 +10,9 @@ Cost      A look-up a weight: slower than arithmetic on codes where nothing is c
 Law       Whatever the levels, each weight gets the nearest one; k-means is never worse than the grid it starts from.
 Limit     Quantiles make codes equally frequent, which is not what least squared error asks for (Lloyd-Max), and equally
           spaced levels followed by an entropy code come within 1.53 dB of what any code can do (`entropy`).
-Left out  Huffman coding of the codes, and training the levels on (Han et al., sec. 3.1 and 4); FP8 products in hardware.
+          Zero is a level of NF4, FP8 and MXFP4; of KMeans only where zeros stand apart, as they do after pruning by size.
+Left out  Huffman coding of the codes, and training the levels on (Han et al., sec. 3.1 and 4); FP8 products in hardware, and
+          inputs in these formats. Doubly quantized scales are E4M3; bitsandbytes has a table of its own for them.
 Source    Han et al. 2015, arXiv:1510.00149; Dettmers et al. 2023, arXiv:2305.14314; Micikevicius et al. 2022,
           arXiv:2209.05433; Rouhani et al. 2023, arXiv:2310.10537; Max 1960, doi:10.1109/TIT.1960.1057548.
 """

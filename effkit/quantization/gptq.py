@@ -10,6 +10,7 @@ Order     Columns with the largest inputs first, while many are left to make up 
           groups and grids are those of the original weights, so what is stored is what RTN stores.
 Cost      A pass over the calibration examples; in^3 / 3 macs for the factor and out * in^2 / 2 for the updates a layer.
 Left out  Earlier layers' errors: all inputs are those of the unrounded model. GPTQ's authors quantize block after block.
+          Zeros: a pruned weight is moved like any other, and may come back.
 Source    Frantar et al. 2022, arXiv:2210.17323, algorithm 1; Hassibi & Stork 1993, NIPS 5 (optimal brain surgeon).
 """
 

@@ -8,6 +8,8 @@ Runs      Linear layers with such weights in int8, accumulated in int32. Convolu
           centre, in floats: their factors are rounded, their products are not products of integers.
 Limit     |sum| of both parts, which is |sum (q_x - z) q_w| <= 255 * 128 * n, must fit an int32; above 65,793 inputs a layer
           runs in floats. What was NaN has no code: a token that holds one yields NaN, as in floats.
+Left out  Inputs that stay float at the beginning of training, until their ranges have settled (sec. 3.1); here they are known
+          from calibration.
 Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1 and 7 (the zero point's part taken out of the product), sec. 3.1.
 """
 

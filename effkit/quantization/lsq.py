@@ -13,7 +13,8 @@ Scale     One step gathers the gradients of N numbers, so it would run away from
 Grids     Weights: Q_N = 2^(b-1), Q_P = 2^(b-1) - 1. Inputs that were never negative in task.calib (behind a ReLU, or
           pixels): Q_N = 0, Q_P = 2^b - 1; other inputs as weights. Zero is a point of either.
 Stored    The step as PackedWeight keeps it, in bfloat16; training sees that value, so what is packed was trained.
-Left out  Offsets for inputs that are a little negative (LSQ+: Bhalgat et al. 2020, arXiv:2004.09576).
+Left out  Offsets for inputs that are a little negative (LSQ+: Bhalgat et al. 2020, arXiv:2004.09576). The first step of inputs
+          comes from all of task.calib, the paper's from one batch; and there is no weight decay, which the paper lowers with the bits.
 Source    Esser et al. 2019, arXiv:1902.08153, eq. 1 to 5, sec. 2.1 (first step), 2.2 (g).
 """
 

@@ -119,7 +119,12 @@ def optimum(x: Float[Tensor, "*g n"], *, bits: int) -> Grid:
 
 def kl(x: Float[Tensor, "*g n"], *, bits: int, symmetric: bool = False, bins: int = 2048, tries: int = 64) -> Grid:
     """Clips magnitudes where the histogram of what is left, the clipped ones heaped at its end, has the least KL
-    divergence to its own version in 2^(bits - 1) levels. Zeros don't count: they are exact on every grid.
+    divergence to its own version in 2^(bits - 1) levels. Zeros don't count: they are exact on every grid. Counted, the half
+    of a ReLU's outputs would be one bin that no level may share, and the limit falls until it doesn't: integer-only, the
+    shipped ResNet is then right about 16 % of 200 test images, not 98.5.
+
+    Levels are those of magnitudes with a sign, as in the source; numbers of one sign have twice as many codes, and are
+    clipped as if they had not. The source tries each bin as the limit; here `tries` of them.
 
     A histogram of fewer numbers than bins tells nothing: such groups share one, of all of them, and those that reach
     beyond its limit are clipped. Of few numbers in all, none is: bins that hold one number each lose nothing as levels."""

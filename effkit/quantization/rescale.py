@@ -10,7 +10,9 @@ Idea      W x = (W diag(s)) (x / s) for any s > 0, and rounding sees only the fa
 Law       AWQ is never worse than RTN in the layer's error on its calibration inputs: alpha = 0 uncut is RTN.
 Cost      A number an input (16 bits for AWQ, 32 for SmoothQuant), and with SmoothQuant a division an activation.
 Left out  The authors fold s into the layer before, a norm mostly: nothing is held and nothing divided, but it takes a
-          reading of the graph, and layers with one input must share their s. AWQ's authors measure a whole block's output.
+          reading of the graph, and layers with one input must share their s. AWQ's authors measure a whole block's output,
+          and their code cuts no ranges of queries and keys, whose product no layer's own error speaks of. SmoothQuant's
+          have one scale a weight matrix; here each output has its own.
 Source    Lin et al. 2023, arXiv:2306.00978, eq. 4 and 5; Xiao et al. 2022, arXiv:2211.10438, eq. 3 and 4.
 """
 
