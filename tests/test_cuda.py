@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from effkit import catalog, load, save
+from effkit import catalog, load, save, zoo
 from effkit.core.generation import Sampler
-from effkit.core.task import Batches
-from effkit.measure import latency
+from effkit.measure import latency, quality
 from tests.subjects import SUBJECTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these tests want one")
@@ -16,13 +15,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 TECHNIQUES = catalog.techniques()
 #: what is trained or drawn at random on another device takes another path
 TRAINED = {"QAT", "LSQ"}
-
-
-def moved(task, device="cuda"):
-    """The task with its data on the device."""
-    batches = lambda b: replace(b, inputs=b.inputs.to(device), targets=b.targets.to(device)) if isinstance(b, Batches) else replace(b, ids=b.ids.to(device))  # noqa: E731
-    splits = {name: batches(getattr(task, name)) for name in ("train", "calib", "val", "test")}
-    return replace(task, example=tuple(x.to(device) for x in task.example), **splits)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -34,7 +26,7 @@ def test_a_model_on_a_gpu(name, subject):
         expected = technique(model, task)(*task.example)
     except ValueError as error:
         pytest.skip(f"refused on the processor too: {error}")
-    task = moved(task)
+    task = task.to("cuda")
     result = technique(model.cuda(), task)
     held = {t.device.type for t in [*result.parameters(), *result.buffers()] if t.numel()}
     assert held <= {"cuda"}, f"{name} left something on {held}"
@@ -48,7 +40,7 @@ def test_a_model_on_a_gpu(name, subject):
 @pytest.mark.parametrize("name", ["RTN", "W8A8", "AWQ", "NF4", "LoRA"])
 def test_what_was_made_on_a_gpu_can_be_saved_and_opened(name, tmp_path):
     build, task = SUBJECTS["mlp"]
-    task = moved(task())
+    task = task().to("cuda")
     model = catalog.example(TECHNIQUES[name])(build().cuda(), task)
     save(model, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors").cuda()
@@ -61,6 +53,14 @@ def test_a_decoder_generates_the_same_on_a_gpu():
     greedy = Sampler(temperature=0.0)
     on_processor = build().generate(prompt, 12, sampler=greedy)
     assert torch.equal(on_processor, build().cuda().generate(prompt.cuda(), 12, sampler=greedy).cpu())
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt-small"])
+def test_a_score_is_the_same_on_a_gpu(name):
+    model, task = zoo.load(name)
+    task = replace(task, test=task.test.first(32))
+    here = quality(model, task).value
+    assert quality(model.cuda(), task.to("cuda")).value == pytest.approx(here, abs=0.01)
 
 
 def test_latency_waits_for_the_gpu():

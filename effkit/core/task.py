@@ -43,6 +43,10 @@ class Batches:
         """The first n examples."""
         return replace(self, inputs=self.inputs[:n], targets=self.targets[:n])
 
+    def to(self, device: torch.device | str) -> "Batches":
+        """The same examples on a device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(len(self.inputs))
@@ -78,6 +82,11 @@ class Task:
     loss: Callable[[Any, Batch], Float[Tensor, ""]] | None = None
     per_example: Callable[[nn.Module, Batches], Float[Tensor, " n"]] | None = None
     score: Score = Score()
+
+    def to(self, device: torch.device | str) -> "Task":
+        """The task with its data where the model is, as in `model.to(device), task.to(device)`."""
+        splits = {name: split.to(device) for name in ("train", "calib", "val", "test") if (split := getattr(self, name)) is not None}
+        return replace(self, example=self.example and tuple(x.to(device) for x in self.example), **splits)
 
     def require(self, *fields: str, by: object) -> None:
         """Raises ValueError naming the technique and each field it reads that is missing or empty."""

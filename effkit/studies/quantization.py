@@ -9,10 +9,11 @@ library, SmolLM2 English; the latter's weights had been rounded to 4 bits in blo
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
-from torch import nn
+from jaxtyping import Float64
+from torch import Tensor, nn
 
 from effkit import zoo
 from effkit.core.recipe import to_json
@@ -85,11 +86,14 @@ def words(size: int) -> str:
 
 @cache
 def loaded(name: str) -> tuple[nn.Module, Task]:
-    """A model and its task, cut to the windows that count; "gpt-small with outliers" is a construction."""
+    """A model and its task, cut to the windows that count, on a GPU where there is one; "gpt-small with outliers" is a
+    construction."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, task = zoo.load(name.removesuffix(" with outliers"))
     if name.endswith(" with outliers"):
         model = outliers_put_in(model, rng=torch.Generator().manual_seed(0))
-    return model, replace(task, test=task.test.first(WINDOWS[name.removesuffix(" with outliers")]))  # type: ignore[union-attr]
+    task = replace(task, test=task.test.first(WINDOWS[name.removesuffix(" with outliers")]))  # type: ignore[union-attr]
+    return model.to(device), task.to(device)
 
 
 def calibrated(task: Task, which: int) -> Task:
@@ -130,16 +134,25 @@ def settings() -> dict:
 STUDY = Study("quantization", settings, cells)
 
 
-def added(study: dict, model: str, name: str) -> tuple[float, float]:
-    """What a recipe adds to the unchanged model's loss, in nats a token: the mean, and one standard error. That is of the
-    windows, whose luck both models share, and where there are several calibration texts, of these as well."""
+def windows(study: dict, model: str, name: str) -> Float64[Tensor, "texts windows"]:
+    """The loss of each held-out window, a row a calibration text."""
     cells = study["cells"]
-    base = torch.tensor(cells[f"{model}: unchanged"]["windows"], dtype=torch.float64)
-    texts = [key for key in cells if key == f"{model}: {name}" or key.startswith(f"{model}: {name}, text ")]
-    gaps = [torch.tensor(cells[key]["windows"], dtype=torch.float64) - base for key in texts]
-    if not gaps:
-        raise KeyError(f"no cell {name!r} of {model} in the study")
-    means = [gap.mean().item() for gap in gaps]
-    windows = torch.stack(gaps).mean(0)
-    luck = stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return fmean(means), ((windows.std() / len(windows) ** 0.5).item() ** 2 + luck**2) ** 0.5
+    keys = [key for key in cells if key == f"{model}: {name}" or key.startswith(f"{model}: {name}, text ")]
+    if not keys:
+        raise KeyError(f"no cell {name!r} of {model} in the study; there are {', '.join(cells)}")
+    return torch.tensor([cells[key]["windows"] for key in keys], dtype=torch.float64)
+
+
+def added(study: dict, model: str, name: str, *, to: str = "unchanged") -> tuple[float, float]:
+    """What a recipe adds to the loss of another, in nats a token: the mean, and one standard error. That is of the windows,
+    whose luck both share, and where there are several calibration texts, of these as well."""
+    losses, base = windows(study, model, name), windows(study, model, to).mean(0)
+    gap, texts = losses.mean(0) - base, (losses - base).mean(1)
+    luck = texts.var() / len(texts) if len(texts) > 1 else torch.zeros(())
+    return gap.mean().item(), (gap.var() / len(gap) + luck).sqrt().item()
+
+
+def verdict(study: dict, model: str, one: str, other: str) -> str:
+    """Whether two recipes can be told apart by two standard errors, in words."""
+    mean, error = added(study, model, one, to=other)
+    return "can't be told apart from" if abs(mean) <= 2 * error else "loses less than" if mean < 0 else "loses more than"

@@ -80,5 +80,6 @@ class Study:
 
 def here() -> dict[str, Any]:
     """The machine and the versions that results depend on."""
-    versions = {"machine": str(processor()), "python": platform.python_version(), "torch": torch.__version__}
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    versions = {"machine": f"{processor()}{gpu}", "python": platform.python_version(), "torch": torch.__version__}
     return versions | {"threads": torch.get_num_threads()}

@@ -56,6 +56,10 @@ class Windows:
         rows = self.ids[index]
         return rows[:, :-1], rows[:, 1:]
 
+    def to(self, device: torch.device | str) -> "Windows":
+        """The same text on a device."""
+        return replace(self, ids=self.ids.to(device))
+
     def first(self, n: int) -> "Windows":
         """The first n windows."""
         return replace(self, ids=self.ids[: (n + self.shuffle) * self.length + 1])

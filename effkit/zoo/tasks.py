@@ -83,5 +83,5 @@ class BitsPerByte:
             pieces = zip(model(ids).split(128, 1), targets.split(128, 1), strict=True)  # a vocabulary in floats is large
             losses = torch.cat([F.cross_entropy(x.float().transpose(1, 2), y, reduction="none") for x, y in pieces], 1)
             bits.append(losses.sum(1) / math.log(2))
-            sizes.append(self.bytes_of[targets].sum(1).float())
+            sizes.append(self.bytes_of.to(targets.device)[targets].sum(1).float())
         return torch.cat(bits) / torch.cat(sizes).mean()
