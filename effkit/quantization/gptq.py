@@ -46,13 +46,9 @@ def inverse_factor(gram: Float[Tensor, "n n"], *, damping: float) -> Float[Tenso
 
 
 def feed_back(
-    w: Float[Tensor, "out n"],
-    factor: Float[Tensor, "n n"],
-    scale: Float[Tensor, "out n"],
-    zero_point: Float[Tensor, "out n"],
-    *,
-    bits: int,
-) -> UInt8[Tensor, "out n"]:
+    w: Float[Tensor, "out n"], factor: Float[Tensor, "n n"], scale: Float[Tensor, "out n"], zero_point: Float[Tensor, "out n"],
+    *, bits: int,
+) -> UInt8[Tensor, "out n"]:  # fmt: skip
     """Codes of the columns, from the first to the last, each column's error answered by those behind it."""
     w, factor, codes = w.clone(), factor.to(w.dtype), torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     for start in range(0, w.shape[1], BLOCK):

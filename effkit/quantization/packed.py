@@ -44,14 +44,9 @@ class PackedWeight(WeightStore):
     column_scale: Tensor | None
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        column_scale: bool = False,
+        self, shape: tuple[int, ...], bits: int, group_size: int, symmetric: bool, column_scale: bool = False,
         real_zero: bool = False,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.shape, self.bits, self.group_size, self.symmetric = tuple(shape), bits, group_size, symmetric
         self.real_zero = real_zero
@@ -76,14 +71,7 @@ class PackedWeight(WeightStore):
 
     @classmethod
     def from_codes(
-        cls,
-        codes: UInt8[Tensor, "rows n"],
-        grid: Grid,
-        *,
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        real_zero: bool = False,
+        cls, codes: UInt8[Tensor, "rows n"], grid: Grid, *, bits: int, group_size: int, symmetric: bool, real_zero: bool = False
     ) -> "PackedWeight":
         new = cls(tuple(codes.shape), bits, group_size, symmetric, real_zero=real_zero).to(codes.device)
         scale, zero_point = grid
@@ -143,9 +131,7 @@ class RTN(WeightOnly):
                   "arXiv:1712.05877", "eq. 1")  # fmt: skip
 
     def __post_init__(self):
-        require_int(
-            "bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16"
-        )
+        require_int("bits", self.bits, 2, 8, hint="codes are packed into bytes; more than 8 bits gain nothing over bfloat16")
         require_int("group_size", self.group_size, -1, hint="-1 is a whole row, 0 the whole tensor")
         require_choice("search", self.search, tuple(OBSERVERS))
 

@@ -14,11 +14,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 
 from effkit import zoo
 from effkit.core.recipe import to_json
-from effkit.core.task import Batches, Task
 from effkit.core.technique import Identity, Technique, evaluating
 from effkit.quantization import LSQ, QAT
 from effkit.studies.study import Cells, Study
@@ -45,23 +43,13 @@ loaded = cache(zoo.load)
 
 
 def cell(name: str, technique: Technique, seed: int) -> dict:
-    """What the model gets wrong of the validation and of the test images."""
+    """The share of validation and of test images that the model gets wrong, and the cross-entropy of the latter, in nats."""
     model, task = loaded(name)
-    changed = technique(model, replace(task, train=replace(task.train, seed=seed)))  # type: ignore[type-var]
-    return {"wrong in validation": wrong(changed, task, task.val), "wrong": wrong(changed, task, task.test), "loss": loss(changed, task)}
-
-
-def wrong(model: nn.Module, task: Task, images: Batches | None) -> float:
-    """Share of the images."""
-    with evaluating(model):
-        return round(1 - task.per_example(model, images).mean().item(), 6)  # type: ignore[misc, arg-type]
-
-
-@torch.no_grad()
-def loss(model: nn.Module, task: Task) -> float:
-    """Cross-entropy of the test images, nats."""
-    with evaluating(model):
-        return fmean(task.loss(model(x), (x, y)).item() for x, y in task.test)  # type: ignore[misc, union-attr]
+    changed: Any = technique(model, replace(task, train=replace(task.train, seed=seed)))  # type: ignore[type-var]
+    with evaluating(changed), torch.no_grad():
+        wrong = [round(1 - task.per_example(changed, images).mean().item(), 6) for images in (task.val, task.test)]  # type: ignore[misc, arg-type]
+        loss = fmean(task.loss(changed(x), (x, y)).item() for x, y in task.test)  # type: ignore[misc, union-attr]
+    return {"wrong in validation": wrong[0], "wrong": wrong[1], "loss": loss}
 
 
 def cells() -> Cells:
