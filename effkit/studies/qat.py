@@ -8,6 +8,7 @@ moves no code, so that batch norms are estimated anew all the same.
 The ResNet takes 20 seconds a pass, so it is rounded to 2 bits alone; its first and last layer have 8, as in Esser et al. 2019.
 """
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 from statistics import fmean
@@ -83,7 +84,7 @@ def trained(study: dict, model: str, way: str, bits: int) -> str:
 
 
 def recovered(study: dict, model: str, way: str, bits: int, what: str = "wrong") -> float:
-    """The share of what rounding without training costs that training brings back."""
+    """The share of what rounding without training costs that training brings back; NaN where it costs nothing."""
     mean = lambda name: fmean(each_seed(study, model, name, what))  # noqa: E731
     after, floats = mean(f"{way}, {bits} bits, untrained"), mean("float")
-    return (after - mean(trained(study, model, way, bits))) / (after - floats)
+    return (after - mean(trained(study, model, way, bits))) / (after - floats) if after > floats else math.nan

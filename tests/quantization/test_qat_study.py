@@ -1,6 +1,7 @@
 """The recorded study of training through the rounding: what it says, that it goes on where it stopped, and comes out again."""
 
 import json
+import math
 from dataclasses import replace
 from statistics import fmean
 
@@ -81,6 +82,8 @@ def test_the_rate_is_chosen_by_validation_images_alone():
     study = {"cells": cells}
     assert qat.trained(study, "mlp", "LSQ", 2) == "LSQ, 2 bits, 0.001"
     assert qat.recovered(study, "mlp", "LSQ", 2) == pytest.approx(0.5)
+    cells["mlp: float, seed 0"]["wrong"] = 0.95
+    assert math.isnan(qat.recovered(study, "mlp", "LSQ", 2)), "nothing was lost"
     with pytest.raises(KeyError, match="no cell 'LSQ, 3 bits, 0.001' of mlp"):
         qat.trained(study, "mlp", "LSQ", 3)
 
