@@ -51,6 +51,14 @@ def test_torch_and_torchvision_are_of_one_release():
     assert (torch.major, torch.minor - torchvision.minor) == (2, -15), "torch 2.N goes with torchvision 0.(N + 15)"
 
 
+def test_every_peer_is_asked():
+    """By a test or a notebook, which import it; nothing is installed for nobody."""
+    places = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    said = "\n".join(path.read_text(encoding="utf-8") for path in places)
+    for name in (Requirement(line).name.replace("-", "_") for line in EXTRAS["peers"]):
+        assert re.search(rf"\b(import|from) {name}\b", said), f"nobody imports {name}"
+
+
 def test_peers_are_an_extra_only():
     core = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert not core & {Requirement(line).name for line in EXTRAS["peers"]}
