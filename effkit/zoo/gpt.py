@@ -6,14 +6,14 @@ the layers, so a narrowed layer is all it takes to narrow the model. Attention i
 (core/generation.py).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effkit.core.checkpoint import stored
-from effkit.core.generation import Autoregressive, Cache, Concatenating, NoCache, Rope
+from effkit.core.generation import Autoregressive, Cache, Concatenating, NoCache, Rope, Sampler
 from effkit.core.surgery import dense_weight
 from effkit.zoo import hf
 
@@ -130,7 +130,9 @@ class GPT(nn.Module):
         return self.kv.new(self, capacity=capacity)
 
     def generate(self, ids: Int[Tensor, "b n"], max_new_tokens: int, **settings) -> Int[Tensor, "b m"]:
-        """Prompt and continuation; settings as in effkit.generate."""
+        """Prompt and continuation; settings as in effkit.generate, and a Sampler's own: temperature, top_k, top_p."""
+        if own := {f.name: settings.pop(f.name) for f in fields(Sampler) if f.name in settings}:
+            settings["sampler"] = replace(settings.get("sampler", Sampler()), **own)
         return self.decoding(self, ids, max_new_tokens, **settings)
 
     @classmethod

@@ -223,6 +223,19 @@ def test_the_model_generates_by_its_decoding():
     assert torch.equal(model.generate(ids, 6, sampler=GREEDY), effkit.generate(model, ids, 6, sampler=GREEDY))
 
 
+def test_a_samplers_settings_may_be_said_directly():
+    model, ids = decoder(), text(4)
+    drawn = lambda **settings: model.generate(ids, 8, rng=torch.Generator().manual_seed(5), **settings)  # noqa: E731
+    assert torch.equal(model.generate(ids, 8, temperature=0), model.generate(ids, 8, sampler=GREEDY))
+    assert torch.equal(drawn(temperature=0.5, top_k=3), drawn(sampler=Sampler(0.5, top_k=3)))
+    assert torch.equal(drawn(top_p=0.3, sampler=Sampler(0.5, top_k=3)), drawn(sampler=Sampler(0.5, 3, 0.3)))
+    assert not torch.equal(drawn(temperature=0.5), drawn(temperature=2.0))
+    with pytest.raises(ValueError, match="temperature must be.*0 is greedy"):
+        model.generate(ids, 8, temperature=-1.0)
+    with pytest.raises(TypeError, match="do_sample"):
+        model.generate(ids, 8, do_sample=True)
+
+
 # planted bugs
 
 

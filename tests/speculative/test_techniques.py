@@ -44,6 +44,7 @@ def test_greedy_text_stays_and_so_do_the_weights(technique):
     model, ids = decoder(), text(6, rows=3)
     result = technique(model)
     assert torch.equal(result.generate(ids, 20, sampler=GREEDY), model.generate(ids, 20, sampler=GREEDY))
+    assert torch.equal(result.generate(ids, 20, temperature=0), model.generate(ids, 20, sampler=GREEDY))
     mine = {name: p for name, p in result.named_parameters(remove_duplicate=False) if not name.startswith("decoding.")}
     assert mine.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in mine.items())
