@@ -43,8 +43,8 @@ def execute(path: Path) -> None:
 
     notebook = nbformat.read(path, as_version=4)
     # record_timing would make each run a difference in git; the kernel's own warnings are not the notebook's.
-    options = {"record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}, **options).execute(env=offline())
+    NotebookClient(notebook, timeout=120, record_timing=False, extra_arguments=["--log-level=ERROR"],
+                   resources={"metadata": {"path": str(path.parent)}}).execute(env=offline())  # fmt: skip
     save_still(notebook, path)
 
 
