@@ -77,6 +77,31 @@ def test_environment_agrees_with_pyproject():
     assert by_pip == {"pip": ["-c requirements.lock", f"-e .[{','.join(EXTRAS)}]"]}
 
 
+@pytest.mark.parametrize("page", ["README.md", "environment.yml"])
+def test_the_way_around_cuda_names_the_locked_versions_and_the_official_index(page):
+    (command,) = re.findall(r"pip install (torch==.*)", (ROOT / page).read_text(encoding="utf-8"))
+    pins = f"torch=={locked()['torch']} torchvision=={locked()['torchvision']}"
+    assert command == f"{pins} --index-url https://download.pytorch.org/whl/cpu"
+
+
+def test_conda_by_hand_installs_what_the_file_does():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    *conda, by_pip = yaml.safe_load(text)["dependencies"]
+    assert f"# conda create -n effkit -c conda-forge {' '.join(conda)} &&" in re.sub(" +", " ", text)
+    constraint, project = (line.split(maxsplit=1) for line in by_pip["pip"])
+    assert f"pip install {' '.join(constraint)} {project[0]} '{project[1]}'" in text
+
+
+def test_the_readmes_example_trains_for_seconds():
+    """An epoch of the standard library has 748 steps."""
+    import effkit
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (technique,) = re.findall(r"small = (.*)\(model, task\)", code)
+    made = eval(technique, {"effkit": effkit})
+    assert 0 < made.steps[-1].steps <= 50
+
+
 def test_citation_agrees_with_pyproject():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
