@@ -6,7 +6,7 @@ import typing
 from functools import cache
 from numbers import Integral, Real
 
-_WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+_WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None, *, hint: str = "") -> None:
@@ -43,7 +43,7 @@ def require_choice(name: str, value: object, choices, *, hint: str = "") -> None
 
 def require_types(settings: object) -> None:
     """Raises ValueError naming the first field of a dataclass whose value is not what its annotation says."""
-    for name, hint in _hints(type(settings)).items():
+    for name, hint in _hints(type(settings)).items():  # type: ignore[arg-type]
         if not _fits(value := getattr(settings, name), hint):
             kind = " or ".join(map(_in_words, typing.get_args(hint) if _is_union(hint) else (hint,)))
             raise ValueError(f"{name} must be {kind}, got {value!r}{_tail(f'a setting of {type(settings).__name__}')}")
@@ -52,7 +52,7 @@ def require_types(settings: object) -> None:
 @cache
 def _hints(kind: type) -> dict[str, object]:
     hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
 def _is_union(hint: object) -> bool:
@@ -61,8 +61,7 @@ def _is_union(hint: object) -> bool:
 
 def _in_words(hint: object) -> str:
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-    plain = "None" if hint is type(None) else getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-    return " or ".join(map(repr, choices)) or _WORDS.get(hint, plain)
+    return " or ".join(map(repr, choices)) or _WORDS.get(hint, hint.__name__ if isinstance(hint, type) else str(hint))
 
 
 def _fits(value: object, hint: typing.Any) -> bool:
