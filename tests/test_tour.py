@@ -2,12 +2,14 @@
 
 import html
 import json
+import re
 
 import pytest
 
 from effkit import tour
 from effkit.catalog import PARADIGMS
 from effkit.core import native
+from effkit.core.paths import checkout
 from effkit.core.report import PROVENANCES, Reading, Report
 from effkit.measure import Decode, Paired
 from tests.subjects import SUBJECTS
@@ -160,3 +162,18 @@ def test_a_machine_without_native_kernels_is_told_so_above_its_table(compiler, s
     for shown in (str(tour.summary([shown_stop()])), tour.page([shown_stop()])):
         assert ("run in PyTorch, slower, because there is no C compiler" in shown) == speaks
         assert ("install one" in shown) == speaks
+
+
+def test_the_first_result_in_the_readme_is_worded_as_the_tour_words_it():
+    """Figures aside, which are another machine's."""
+
+    def row(name, size, memory, latency, score):
+        held = report(name, latency=latency, size=size, memory=memory).readings
+        held.pop("accuracy")
+        score = Reading(score, "bit/B", "measured", 0.001, "lower")
+        return Report(name, {"bits per byte": score, "parameters": Reading(1000, "params", "counted"), **held})
+
+    readme = (checkout() / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^quantization: (RTN.*)$", readme, re.MULTILINE)
+    verdict = said(row("RTN()", 4000, 100, 2.0, 1.0), row("RTN()", 800, 20, 1.0, 1.01), "bits per byte")
+    assert re.sub(r"[\d.]*\d", "0", line) == re.sub(r"[\d.]*\d", "0", verdict)
