@@ -46,7 +46,9 @@ def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expe
 @pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (300, 576), (512, 2048)])
-def test_the_native_kernel_equals_unpacking(rows, columns, symmetric):
+@pytest.mark.parametrize("before", ["", "#undef __AVX512VNNI__\n#undef __AVXVNNI__\n"], ids=["as here", "without byte products"])
+def test_the_native_kernel_equals_unpacking(monkeypatch, before, rows, columns, symmetric):
+    monkeypatch.setattr(packed, "_SOURCE", before + packed._SOURCE.read_text())
     layer = RTN(**{**SETTINGS, "symmetric": symmetric}).replacement(nn.Linear(columns, rows))
     x = torch.randn(1, columns)
     with torch.no_grad():
