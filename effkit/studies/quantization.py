@@ -51,7 +51,7 @@ OTHERS: dict[str, Technique] = {
     "NF4, double": NF4(),
     "MXFP4": MXFP4(),
     "FP8": FP8(),
-    **{f"mixed, {bits} bits, {method}": MixedPrecision(bits, method=method) for bits in (3.0, 3.75) for method in ("exact", "greedy")},  # type: ignore[arg-type]
+    **{f"mixed, {bits} bits, {method}": MixedPrecision(bits, method=method) for bits in (3.0, 3.75) for method in ("exact", "greedy")},
     "mixed, 3.0 bits, exact, GPTQ": MixedPrecision(3.0, rounding=GPTQ()),
 }
 INTEGER: dict[str, Technique] = {
@@ -77,7 +77,7 @@ def recipes(model: str) -> dict[str, Technique]:
     """Cell's name, without its model -> the technique."""
     formats = {f"{way}, {bits} bits, {words(size)}": make(bits, size) for bits, size in FORMATS[model] for way, make in ROUNDING.items()}
     found = {"unchanged": Identity(), **formats, **(OTHERS if model == "gpt-small" else {}), **INTEGER}
-    return {name: replace(t, examples=EXAMPLES[model]) if luck_counts(t) else t for name, t in found.items()}  # type: ignore[call-arg, type-var]
+    return {name: replace(t, examples=EXAMPLES[model]) if luck_counts(t) else t for name, t in found.items()}  # type: ignore[type-var]
 
 
 def words(size: int) -> str:
