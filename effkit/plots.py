@@ -123,7 +123,7 @@ def heatmap(
     axes.set_xticks(range(len(columns)), [str(c) for c in columns])
     axes.set_yticks(range(len(rows)), [str(r) for r in rows])
     axes.grid(False)
-    if values.size <= 120:
+    if values.size <= 120 and len(columns) <= 16:
         for (i, j), value in ((at, v) for at, v in np.ndenumerate(values) if np.isfinite(v)):
             dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)

@@ -2,7 +2,7 @@
 
 Problem   There are many ways to write a matrix in few bits, and a model should not care which was taken.
 Idea      A store knows its matrix: calling it gives the floats. A layer with a store computes as before, with the floats
-          of the moment; where a store has a faster way for one token, it says so in `matvec`.
+          of the moment; where a store has a faster way for a few tokens, it says so in `matvec`.
           A technique that only changes how weights are held is then one function, from a weight to its store.
 Left out  Activations: they stay in float here.
 """
@@ -35,8 +35,8 @@ class WeightStore(nn.Module, ABC):
     def forward(self) -> Float[Tensor, "rows n"]:
         """The matrix in float32."""
 
-    def matvec(self, x: Float[Tensor, "*one n"]) -> Float[Tensor, "*one rows"] | None:
-        """The product with one token (leading dimensions of size 1), where there is a faster way than by the floats."""
+    def matvec(self, x: Float[Tensor, "*few n"]) -> Float[Tensor, "*few rows"] | None:
+        """The product with one token or a few, where there is a faster way than by the floats."""
         return None
 
     def bits_per_weight(self) -> float:

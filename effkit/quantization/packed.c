@@ -1,4 +1,4 @@
-/* y = W x for W in 4-bit codes, groups of 32 along a row: w = scale * (code - zero_point).
+/* y = W x, token by token, for W in 4-bit codes, groups of 32 along a row: w = scale * (code - zero_point).
  *
  * Inside a group, sum w x = scale * (sum code x - zero_point * sum x), so codes meet x alone; scale and zero point enter
  * once a group, and the sums of x are shared by all rows.
@@ -84,14 +84,19 @@ static float row(const uint8_t *codes, const uint16_t *scale, const uint8_t *zer
 }
 
 void matvec_int4(const uint8_t *codes, const uint16_t *scale, const uint8_t *zero_point, const float *x, float *y,
-                 long rows, long columns, int threads) {
-    long groups = columns / 32;
-    float *floats = malloc(sizeof(float) * 34 * groups);
-    Inputs to = {floats, floats + groups, floats + 2 * groups, malloc(96 * groups)};
-    for (long g = 0; g < groups; g++) prepare(x, to, g);
+                 long rows, long columns, long tokens, int threads) {
+    long groups = columns / 32, all = groups * tokens;
+    float *floats = malloc(sizeof(float) * 34 * all);
+    Inputs to = {floats, floats + all, floats + 2 * all, malloc(96 * all)};
+    for (long g = 0; g < all; g++) prepare(x, to, g);
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * columns > 400000) /* below, waking a thread costs more */
-    for (long r = 0; r < rows; r++)
-        y[r] = row(codes + r * groups * 16, scale + r * groups, zero_point ? zero_point + r * groups : NULL, to, groups);
+    for (long r = 0; r < rows; r++) {
+        const uint8_t *zeros = zero_point ? zero_point + r * groups : NULL;
+        for (long t = 0, at = 0; t < tokens; t++, at += groups) {
+            Inputs token = {to.sum + at, to.step + at, to.at + 32 * at, to.bytes + 96 * at};
+            y[t * rows + r] = row(codes + r * groups * 16, scale + r * groups, zeros, token, groups);
+        }
+    }
     free(to.bytes);
     free(floats);
 }

@@ -47,10 +47,11 @@ def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expe
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (300, 576), (512, 2048)])
 @pytest.mark.parametrize("before", ["", "#undef __AVX512VNNI__\n#undef __AVXVNNI__\n"], ids=["as here", "without byte products"])
-def test_the_native_kernel_equals_unpacking(monkeypatch, before, rows, columns, symmetric):
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_native_kernel_equals_unpacking(monkeypatch, before, rows, columns, symmetric, tokens):
     monkeypatch.setattr(packed, "_SOURCE", before + packed._SOURCE.read_text())
     layer = RTN(**{**SETTINGS, "symmetric": symmetric}).replacement(nn.Linear(columns, rows))
-    x = torch.randn(1, columns)
+    x = torch.randn(1, tokens, columns)
     with torch.no_grad():
         assert layer.weight_store.matvec(x) is not None, "the kernel should apply here"
         exact = F.linear(x.double(), layer.dense_weight().double(), layer.bias.double())
