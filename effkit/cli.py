@@ -139,16 +139,21 @@ def apply(
     model: Annotated[str, typer.Option(help="A model of the zoo, such as mlp.")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
 ) -> None:
-    """Run a saved recipe on a model and save the result."""
+    """Run a saved recipe on a model and save the result; what was interrupted while it looked at texts goes on."""
+    import shutil
+
     import effkit
+    from effkit.core.calibration import remembering
     from effkit.core.paths import check_writable
 
     with one_sentence(ValueError, OSError):
         check_writable(out)
         technique = effkit.load_recipe(recipe)
         loaded, task = effkit.zoo.load(model)
-        result = technique(loaded, task)
+        with remembering(sums := out.with_name(f"{out.name}.calibration")):
+            result = technique(loaded, task)
         size = effkit.save(result, out)
+        shutil.rmtree(sums, ignore_errors=True)
         typer.echo(f"{technique!r}\n{effkit.log(result)}\n{out}: {size:,} bytes; claims {technique.claim(result)}")
 
 

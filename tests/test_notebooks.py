@@ -35,7 +35,8 @@ COURSE = [
 ]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-MOST_CELLS, MOST_LINES, LEAST_COMPARED = 45, 15, 5
+MOST_CELLS, MOST_CELLS_OF_A_DEEP_CHAPTER, MOST_LINES, LEAST_COMPARED = 45, 80, 15, 5
+DEEP = {"01_quantization"}  # chapters with every method of their ladder
 VAGUE = {"", "here", "link", "this", "this link", "click here", "page", "paper", "source"}
 
 

@@ -10,15 +10,19 @@ Source    Hassibi & Stork 1993, Second order derivatives for network pruning, NI
           error is 2 G); Frantar & Alistarh 2022, arXiv:2208.11580, eq. 2.
 """
 
+import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from effkit.core.checkpoint import digest, fingerprint
+from effkit.core.checkpoint import SCHEMA, digest, fingerprint, read_tensors, write_tensors
 from effkit.core.surgery import is_linear_like, matching
 from effkit.core.task import Task
 from effkit.core.technique import evaluating
@@ -73,44 +77,63 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
     if task.calib is None:
         raise ValueError("gather reads task.calib, which this task lacks; pass Task(calib=...)")
     if _memory is None:
-        return _gather(model, task, layers, dtype)
-    key = (repr(model), fingerprint([model]), digest((str(i), x) for i, (x, _) in enumerate(task.calib)), layers, dtype)
-    if key not in _memory:
-        _memory.clear()  # of one question only: they are large
-        _memory[key] = _gather(model, task, layers, dtype)
-    return _memory[key]
+        return gathered(model, task, layers, dtype)
+    question = repr(model), fingerprint([model]), digest((str(i), x) for i, (x, _) in enumerate(task.calib)), layers, dtype
+    key = hashlib.sha256(repr(question).encode()).hexdigest()[:32]
+    if key not in _memory.found:
+        _memory.found.clear()  # of one question only: they are large
+        file = _memory.folder and _memory.folder / f"{key}.safetensors"
+        _memory.found[key] = gathered(model, task, layers, dtype, file)
+    return _memory.found[key]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    folder: Path | None
+    found: dict[str, Calibration] = field(default_factory=dict)
 
 
 #: what was gathered last, while somebody wants it kept
-_memory: dict[tuple, Calibration] | None = None
+_memory: _Memory | None = None
+EVERY = 30.0  # seconds after which the sums so far are written
 
 
 @contextmanager
-def remembering() -> Iterator[None]:
+def remembering(folder: str | Path | None = None) -> Iterator[None]:
     """Within, techniques that ask the same of the same weights and the same inputs one after another share one answer:
-    a model is looked at once, and then compressed in ten ways."""
+    a model is looked at once, and then compressed in ten ways.
+
+    folder   where the sums are written while they grow: a pass that was interrupted goes on from there, the next time too
+    """
     global _memory
-    before, _memory = _memory, {}
+    before, _memory = _memory, _Memory(Path(folder) if folder else None)
     try:
         yield
     finally:
         _memory = before
 
 
-def _gather(model: nn.Module, task: Task, layers: str, dtype: torch.dtype) -> Calibration:
+def gathered(model: nn.Module, task: Task, layers: str, dtype: torch.dtype, file: Path | None = None) -> Calibration:
+    """`gather`, anew; or from where `file` stopped."""
     # reading needs no permission: tied layers, which `find` would leave alone, are watched as well
     watched = {path: _Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
-    batches = 0
+    batches = done = _restore(file, watched) if file else 0
+    written, bar = time.monotonic(), tqdm(task.calib, desc="calibration", leave=False, delay=2)
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for seen in watched.values():
             hooks.callback(seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True).remove)
-        for inputs, _ in task.calib:  # type: ignore[union-attr]
-            model(inputs)
-            batches += 1
+        for batches, (inputs, _) in enumerate(bar, start=1):
+            if batches > done:
+                model(inputs)
+            if file and time.monotonic() - written > EVERY:
+                _keep(file, watched, batches)
+                written = time.monotonic()
     if batches == 0:
         raise ValueError("the calibration is empty: task.calib yields no batch; give it some examples")
     if not any(seen.tokens for seen in watched.values()):
         raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers, or calls those of the one it was copied from")
+    if file and batches > done:
+        _keep(file, watched, batches)
     found = Calibration({path: seen.statistics(path) for path, seen in watched.items() if seen.tokens})
     found.unreached = tuple(path for path in watched if path not in found)
     return found
@@ -138,3 +161,24 @@ class _Running:
             how = "look for NaN and infinity in data and weights, or pass dtype=torch.float64"
             raise ValueError(f"layer {path or '(the model)'} sees inputs whose squares are not finite: {how}")
         return result
+
+
+def _keep(file: Path, watched: dict[str, _Running], batches: int) -> None:
+    """The sums over so many batches, in one file with its SHA-256."""
+    reached = {path: seen for path, seen in watched.items() if seen.tokens}
+    sums = {f"{path}/{name}": getattr(seen, name).cpu().contiguous() for path, seen in reached.items() for name in ("gram", "absmax")}
+    header = {"schema": SCHEMA, "batches": batches, "tokens": {path: seen.tokens for path, seen in reached.items()}}
+    write_tensors(file, header, sums)
+
+
+def _restore(file: Path, watched: dict[str, _Running]) -> int:
+    """Puts the sums where the file says that they were; how many batches they hold."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    header, sums = read_tensors(file, "delete it, and the inputs are looked at again")
+    for path, tokens in header["tokens"].items():
+        seen = watched[path]
+        device = next(seen.layer.parameters()).device
+        seen.tokens, seen.gram, seen.absmax = tokens, sums[f"{path}/gram"].to(device), sums[f"{path}/absmax"].to(device)
+    return header["batches"]

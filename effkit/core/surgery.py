@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
 
 #: these read their children's weights directly instead of calling them, so a replaced child would be ignored or break
 OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -123,7 +124,7 @@ def swap(
     """Replaces every layer that `find` yields by `build(layer)`; None leaves it alone. Returns the model (a new root,
     where the model is itself the layer). Hooks, mode and requires_grad carry over; a layer used twice is replaced once."""
     built = {}
-    for path, layer in find(model, match, layers=layers, by=by):
+    for path, layer in tqdm(find(model, match, layers=layers, by=by), desc=by, leave=False, delay=2):
         new = build(layer)
         if new is None:
             note(model, path, "left alone", f"{by} has no replacement for this {type(layer).__name__}")

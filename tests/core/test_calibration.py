@@ -160,8 +160,8 @@ def test_a_sum_that_forgets_earlier_batches_is_caught(monkeypatch):
 
 
 def test_within_remembering_the_same_question_is_answered_once(monkeypatch):
-    asked, real = [], calibration._gather
-    monkeypatch.setattr(calibration, "_gather", lambda *args: asked.append(args) or real(*args))
+    asked, real = [], calibration.gathered
+    monkeypatch.setattr(calibration, "gathered", lambda *args: asked.append(args) or real(*args))
     model, data = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), task()
     with calibration.remembering():
         first = gather(model, data)
@@ -173,3 +173,27 @@ def test_within_remembering_the_same_question_is_answered_once(monkeypatch):
         gather(model, task(n=19))
         assert len(asked) == 4, "other layers, other inputs and other weights are other questions"
     assert gather(model, data) is not gather(model, data), "outside, nothing is kept"
+
+
+def test_an_interrupted_look_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "EVERY", -1.0)  # sums are written after each batch
+    model, data, batches = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), task(n=40), []
+    whole = gather(model, data)
+
+    def interrupt(layer, args):
+        batches.append(len(args[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), calibration.remembering(tmp_path / "sums"):
+        gather(model, data)
+    with calibration.remembering(tmp_path / "sums"):
+        again = gather(model, data)
+    assert len(batches) == 1 + len(data.calib), "only the batch that was interrupted is seen twice"
+    assert all(torch.equal(again[path].gram, whole[path].gram) and again[path].tokens == whole[path].tokens for path in whole)
+    hook.remove()
+    (file,) = (tmp_path / "sums").iterdir()
+    file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match="delete it, and the inputs are looked at again"), calibration.remembering(tmp_path / "sums"):
+        gather(model, data)

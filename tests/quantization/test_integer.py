@@ -246,9 +246,9 @@ def test_outliers_left_out_are_caught(monkeypatch):
 
 
 def test_a_fixed_scale_from_one_batch_alone_is_caught(monkeypatch):
-    right = calibration._gather
+    right = calibration.gathered
     first = lambda model, task, *rest: right(model, replace(task, calib=task.calib.first(8)), *rest)  # noqa: E731
-    monkeypatch.setattr(calibration, "_gather", first)
+    monkeypatch.setattr(calibration, "gathered", first)
     fails(test_the_fixed_scale_covers_every_input_of_calibration)
 
 
