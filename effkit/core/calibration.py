@@ -116,7 +116,7 @@ def remembering(folder: str | Path | None = None) -> Iterator[None]:
 def gathered(model: nn.Module, task: Task, layers: str, dtype: torch.dtype, file: Path | None = None) -> Calibration:
     """`gather`, anew; or from where `file` stopped."""
     # reading needs no permission: tied layers, which `find` would leave alone, are watched as well
-    watched = {path: _Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
+    watched = {path: Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
     batches = done = _restore(file, watched) if file else 0
     written, bar = time.monotonic(), tqdm(task.calib, desc="calibration", leave=False, delay=2)
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
@@ -139,7 +139,7 @@ def gathered(model: nn.Module, task: Task, layers: str, dtype: torch.dtype, file
     return found
 
 
-class _Running:
+class Running:
     """The sums of one layer while batches go by; its `watch` is a hook before the layer's forward pass."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype):
@@ -163,7 +163,7 @@ class _Running:
         return result
 
 
-def _keep(file: Path, watched: dict[str, _Running], batches: int) -> None:
+def _keep(file: Path, watched: dict[str, Running], batches: int) -> None:
     """The sums over so many batches, in one file with its SHA-256."""
     reached = {path: seen for path, seen in watched.items() if seen.tokens}
     sums = {f"{path}/{name}": getattr(seen, name).cpu().contiguous() for path, seen in reached.items() for name in ("gram", "absmax")}
@@ -171,7 +171,7 @@ def _keep(file: Path, watched: dict[str, _Running], batches: int) -> None:
     write_tensors(file, header, sums)
 
 
-def _restore(file: Path, watched: dict[str, _Running]) -> int:
+def _restore(file: Path, watched: dict[str, Running]) -> int:
     """Puts the sums where the file says that they were; how many batches they hold."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def test_a_sum_that_forgets_earlier_batches_is_caught(monkeypatch):
         x = args[0].detach()
         self.gram, self.absmax, self.tokens = x.T @ x, x.abs().amax(0), self.tokens + len(x)
 
-    monkeypatch.setattr(calibration._Running, "watch", forgetful)
+    monkeypatch.setattr(calibration.Running, "watch", forgetful)
     with pytest.raises(AssertionError):
         test_sums_equal_those_over_all_tokens_at_once()
 
