@@ -76,10 +76,10 @@ class PackedWeight(WeightStore):
         cls, codes: UInt8[Tensor, "rows n"], grid: Grid, *, bits: int, group_size: int, symmetric: bool, real_zero: bool = False
     ) -> "PackedWeight":
         new = cls(tuple(codes.shape), bits, group_size, symmetric, real_zero=real_zero).to(codes.device)
-        scale, zero_point = grid
-        new.codes, new.scale = pack(codes, bits), scale.squeeze(-1).to(SCALE_DTYPE)
+        scale, zero_point = (part.squeeze(-1).contiguous() for part in grid)  # the kernel reads them in a row
+        new.codes, new.scale = pack(codes, bits), scale.to(SCALE_DTYPE)
         if new.zero_point is not None:
-            new.zero_point = zero_point.squeeze(-1).to(new.zero_point.dtype)
+            new.zero_point = zero_point.to(new.zero_point.dtype)
         return new
 
     def forward(self) -> Float[Tensor, "rows n"]:

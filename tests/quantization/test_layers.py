@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from effkit.core import native
+from effkit.core.calibration import Statistics
 from effkit.core.task import Batches, Task
-from effkit.quantization import QAT, RTN, W8A8, integer, packed, qat
+from effkit.quantization import AWQ, GPTQ, QAT, RTN, W8A8, integer, packed, qat
 from effkit.quantization.integer import Int8Linear, int8_product, to_int8
 from effkit.quantization.packed import PackedWeight
 from effkit.quantization.qat import fake_quantize
@@ -56,6 +57,16 @@ def test_the_native_kernel_equals_unpacking(monkeypatch, before, rows, columns, 
         assert layer.weight_store.matvec(x) is not None, "the kernel should apply here"
         exact = F.linear(x.double(), layer.dense_weight().double(), layer.bias.double())
         assert (layer(x) - exact).abs().max() <= 1e-5 * exact.abs().max() + 1e-5
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+@pytest.mark.parametrize("technique", [RTN(), RTN(search="least-squares"), AWQ(), GPTQ(), GPTQ(search="least-squares")], ids=repr)
+def test_however_a_grid_was_found_the_kernel_reads_it(technique):
+    """Searches leave scales transposed in memory; a kernel that trusts their order once read other groups' scales."""
+    layer, x = nn.Linear(96, 24, bias=False), torch.randn(64, 96)
+    store = technique.store(layer.weight.detach(), Statistics(x.T @ x, x.abs().amax(0), len(x)))
+    y = store.matvec(x[:3])
+    assert y is not None and torch.allclose(y, x[:3] @ store().T, atol=1e-5)
 
 
 def test_without_a_compiler_everything_falls_back(monkeypatch):

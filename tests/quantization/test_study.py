@@ -30,9 +30,9 @@ def made_up(**cells) -> dict:
 
 
 def test_what_is_added_is_a_mean_of_windows_and_its_error_knows_the_texts():
-    study_ = made_up(unchanged=[1.0, 2.0, 3.0], plain=[1.5, 2.5, 3.5], **{"lucky_text 0": [1.1, 2.1, 3.1], "lucky_text 1": [1.3, 2.3, 3.3]})
+    study_ = made_up(unchanged=[1.0, 2.0, 3.0], plain=[1.5, 2.5, 3.5], **{"lucky_text 0": [1.1, 2.1, 3.1], "lucky_text 1": [1.5, 2.5, 3.5]})
     assert study.added(study_, "m", "plain") == pytest.approx((0.5, 0.0))
-    assert study.added(study_, "m", "lucky") == pytest.approx((0.2, (0.02 / 2) ** 0.5))  # windows agree; the two texts don't
+    assert study.added(study_, "m", "lucky") == pytest.approx((0.3, (0.08 / 2) ** 0.5))  # windows agree; the two texts don't
     assert study.verdict(study_, "m", "plain", "unchanged") == "loses more than"
     assert study.verdict(study_, "m", "lucky", "unchanged") == "can't be told apart from"
     with pytest.raises(KeyError, match="no cell 'other' of m"):
