@@ -105,6 +105,7 @@ def test_the_learner_gets_copies_that_are_never_overwritten(course):
     assert copy.read_text() == "my answers"
 
 
+@pytest.mark.slow
 def test_lab_hands_its_options_to_jupyterlab(course):
     """--version answers instead of serving, so the test ends."""
     run = subprocess.run(
@@ -220,6 +221,7 @@ def test_apply_runs_a_recipe_and_saves_the_result(small_model, tmp_path):
         torch.testing.assert_close(library.load(out)(*task.example), technique(model, task)(*task.example))
 
 
+@pytest.mark.slow
 def test_select_recommends_a_recipe_that_apply_runs_within_the_limits(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["select", "--model", "mlp", "--max-bytes", "60000", "--min-score", "0.0", "--study", "mine"]

@@ -282,6 +282,7 @@ def deadly(deadline: int, where: str):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of POSIX")
 def test_a_checkpoint_is_made_through_kill_9_with_the_same_curve(tmp_path):
     wanted = studies.train("toy", recipe(), out=tmp_path / "wanted.safetensors", state=tmp_path / "undisturbed")

@@ -45,7 +45,7 @@ CASES = [(digits, Forward(), 1), (digits, TrainStep(6), 6)]
 CASES += [(text, Forward(2), 26), (text, Decode(7, 4), 4), (text, TrainStep(2), 24)]
 
 
-@pytest.mark.parametrize(("make", "work", "items"), CASES, ids=str)
+@pytest.mark.parametrize(("make", "work", "items"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_every_reading_is_there_and_the_model_as_before(make, work, items):
     model, task = make()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -15,6 +15,8 @@ from effkit.selection.constraints import BYTES, LATENCY
 from effkit.zoo.tasks import classification_loss, correct
 from effkit.zoo.vision import MLP
 
+pytestmark = pytest.mark.slow  # each searches for seconds
+
 ACCURACY = Score("accuracy", "", "higher")
 SPACE = {"RTN": {"bits": (2, 3, 4, 8)}, "SVD": {"keep": (0.3, 0.6)}, "Magnitude": {"sparsity": (0.5, 0.8)}}
 
