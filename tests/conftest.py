@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 
 # A law is tested on the same examples everywhere; the machine may be slow.
 settings.register_profile("effkit", deadline=None, derandomize=True)
+settings.register_profile("quick", settings.get_profile("effkit"), max_examples=25)  # `effkit check`
 settings.load_profile("effkit")
 
 

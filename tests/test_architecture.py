@@ -155,6 +155,7 @@ def test_the_library_stays_small():
     assert not long, f"files over {MOST_LINES_OF_A_FILE} lines of code: {long}"
 
 
+@pytest.mark.slow
 def test_functions_stay_short():
     long = []
     for path in FILES:
@@ -175,6 +176,7 @@ def test_every_chapter_shows_itself():
     assert all(showcase.exhibits for showcase in tour.showcases())
 
 
+@pytest.mark.slow
 def test_importing_effkit_brings_no_peer():
     import subprocess
 

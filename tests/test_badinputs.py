@@ -75,6 +75,7 @@ def same(result: nn.Module, twin: nn.Module, task: Task, tolerance: float = 1e-5
 # 1, 2: layouts
 
 
+@pytest.mark.slow
 @every
 def test_01_non_contiguous_weights_give_equal_results(name):
     technique = technique_of(name)

@@ -29,6 +29,7 @@ def test_every_command_explains_itself(command):
     assert get_command(app).commands[command].help.split()[0] in result.output
 
 
+@pytest.mark.slow
 def test_help_answers_without_importing_torch():
     """What `import effkit` itself brings is not counted."""
     code = "import effkit, sys; known = set(sys.modules); import effkit.cli; print(*set(sys.modules) - known)"
@@ -36,6 +37,7 @@ def test_help_answers_without_importing_torch():
     assert not {"torch", "numpy", "matplotlib", "nbformat", "optuna"} & set(new)
 
 
+@pytest.mark.slow
 def test_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "effkit", "--help"], capture_output=True, text=True, check=True)
     assert all(command in run.stdout for command in COMMANDS)
@@ -133,6 +135,7 @@ def test_a_notebook_that_fails_stays_as_it_was(course):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_one_failure_fails_all(monkeypatch):
     monkeypatch.setattr(stages, "STAGES", {"lint": "effkit.no_such_module", "types": "platform", "fast tests": "platform"})
     result = effkit("check")

@@ -193,6 +193,7 @@ for path in sorted(folder.glob("*.safetensors")):
 """
 
 
+@pytest.mark.slow
 def test_files_open_in_a_fresh_process_with_the_same_outputs_bit_by_bit(tmp_path):
     """All techniques' results at once: starting Python and torch takes seconds."""
     wanted = {}

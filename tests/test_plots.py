@@ -44,6 +44,7 @@ def test_every_figure_has_title_labels_and_the_same_bytes_twice(name):
     assert png.startswith(b"\x89PNG") and png == plots.to_png(FIGURES[name]()) and len(png) < 60_000
 
 
+@pytest.mark.slow
 def test_nothing_global_is_left_behind():
     before, backend = dict(matplotlib.rcParams), matplotlib.rcParams._get("backend")
     pyplot = "matplotlib.pyplot" in sys.modules

@@ -25,6 +25,7 @@ def sizes(model) -> dict:
     return dict(weights=weights, layers=c.layers, heads=c.heads, head_dim=c.head_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [2, 7, 30])
 def test_macs_of_a_token_are_those_that_run(kv_heads, length):

@@ -163,6 +163,7 @@ def test_the_showcase_can_be_built():
         assert exhibit.technique()(decoder(), Task()).generate(text(3), 2).shape == (1, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.peers("transformers")
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_transformers_with_its_own_cache(kv_heads):

@@ -175,6 +175,7 @@ def test_memory_that_compiling_added_is_counted():
     assert added == fast.executor.plan.total + folded and folded > 0
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_arena_is_really_not_allocated():
     fast, model, x = compiled("gpt")
     fast(x)

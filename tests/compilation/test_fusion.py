@@ -64,6 +64,7 @@ def test_a_chain_becomes_one_kernel_that_equals_eager(name):
     check_equals_eager(CHAINS[name], torch.randn(5, 33), torch.randn(5, 33))
 
 
+@pytest.mark.slow
 @compiles
 @given(st.sampled_from([(1,), (7,), (3, 5), (2, 3, 4), (2, 1, 3, 1), (9000,), (2, 4500)]), st.integers(0, 5))
 @settings(max_examples=6)

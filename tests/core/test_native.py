@@ -28,6 +28,7 @@ def in_a_fresh_process() -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("left", [0, 100, 0.5], ids=["nothing", "a header", "half"])
 def test_a_damaged_kernel_is_compiled_anew(home, left):

@@ -41,6 +41,7 @@ def test_mending_twice_is_mending_once():
     assert sys.meta_path == before
 
 
+@pytest.mark.slow
 def test_it_costs_nothing_until_torchvision_is_imported():
     """In a fresh process, from the file alone, since `import effkit` has already mended it."""
     code = f"""

@@ -51,6 +51,7 @@ def refused_by(check, function, reference=double):
     return finding
 
 
+@pytest.mark.slow
 def test_the_whole_course_proves_itself():
     assert course.selftest() == []
 

@@ -36,6 +36,7 @@ def test_peak_of_a_chain_of_products():
     assert peak(chain).value == pytest.approx(2 * MB, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_second_run_needs_as_much_as_the_first():
     work = lambda: torch.zeros(20 * MB, dtype=torch.uint8).sum()  # noqa: E731
     first, second = peak(work), peak(work)

@@ -99,6 +99,7 @@ def test_a_class_that_effkit_does_not_know_is_written_too():
     assert disk_bytes(Foreign()).value > 1010 * 4
 
 
+@pytest.mark.slow
 def test_the_file_opens_in_a_fresh_process_with_equal_outputs(tmp_path):
     model, ids = GPT(**TINY).eval(), torch.randint(60, (2, 9))
     save(model, tmp_path / "model.safetensors")

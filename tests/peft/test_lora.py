@@ -106,6 +106,7 @@ def test_with_both_factors_at_zero_nothing_would_learn():
     assert all(p.grad.eq(0).all() for p in tuned.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_also_over_four_bits():
     task = language_task()
     for steps in ((LoRA(steps=60, lr=0.02),), (RTN(4, 16), LoRA(steps=60, lr=0.02))):

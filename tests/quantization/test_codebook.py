@@ -162,6 +162,7 @@ def decibels(error):
     return -10 * math.log10(error)
 
 
+@pytest.mark.slow
 def test_a_bit_is_worth_6_02_decibels_and_even_levels_with_an_entropy_code_end_1_53_below_shannon():
     """Shannon: error >= 2^(-2 bits), that is 6.02 dB a bit. Even steps, the codes' entropy for bits: pi e / 6 short of it
     as steps become fine. Lloyd-Max with codes of equal length: sqrt(3) pi / 2, 4.35 dB, in the limit of many bits."""
@@ -344,6 +345,7 @@ def test_the_level_below_instead_of_the_nearest_would_be_caught(monkeypatch):
             test()
 
 
+@pytest.mark.slow
 def test_levels_out_of_order_would_be_caught(monkeypatch):
     monkeypatch.setattr(codebook, "NORMAL", NORMAL.roll(8))  # positive ones first: the order of the bit patterns
     with pytest.raises(AssertionError):
@@ -365,6 +367,7 @@ def test_a_mean_that_is_never_taken_off_would_be_caught(monkeypatch):
         test_double_quantization_spends_its_8_bits_on_what_scales_differ_by()
 
 
+@pytest.mark.slow
 def test_a_shared_exponent_that_is_one_too_large_would_be_caught(monkeypatch):
     right = codebook.shared_exponent
     monkeypatch.setattr(codebook, "shared_exponent", lambda largest: right(largest) + 1)

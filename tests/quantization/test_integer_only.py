@@ -136,6 +136,7 @@ def cases(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(cases())
 def test_equals_an_emulation_in_numpy_bit_by_bit(case):
@@ -152,6 +153,7 @@ def test_linear_layers_of_any_size_equal_the_emulation(widths, batch, bias):
     check_emulation(integers(nn.Sequential(*layers[:-1]), x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_shipped_models_equal_the_emulation(name):
     model, task = zoo.load(name)
@@ -161,6 +163,7 @@ def test_shipped_models_equal_the_emulation(name):
 # against float
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "lenet-300-100", "resnet"])
 def test_accuracy_stays_within_a_point(name):
     model, task = zoo.load(name)

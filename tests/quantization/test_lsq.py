@@ -420,6 +420,7 @@ def test_training_with_rounded_inputs_beats_rounding_afterwards(technique, monke
     assert during - floats < 0.5 * (after - floats)
 
 
+@pytest.mark.slow
 def test_at_two_bits_learned_steps_lose_less_than_min_max():
     """One step a layer for both, the same budget, images that neither was trained on."""
     model, task = MLP((64, 64, 64, 10)), classification("digits", digits())

@@ -192,6 +192,7 @@ def reference_kl(x, bits, bins=2048, tries=64):
     return best[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 6])
 @pytest.mark.parametrize("kind", ["normal", "outlier", "long tails", "one side"])
 def test_kl_clips_where_migacz_does(kind, bits):
@@ -277,6 +278,7 @@ def test_shrinking():
 # planted bugs
 
 
+@pytest.mark.slow
 def test_outliers_left_out_of_the_histogram_would_be_caught(monkeypatch):
     monkeypatch.setattr(observers, "clipped", lambda counts, keep: counts[:, :keep])
     with pytest.raises(AssertionError):
@@ -293,6 +295,7 @@ def test_shrinking_in_the_wrong_direction_would_be_caught(monkeypatch):
         test_shrinking()
 
 
+@pytest.mark.slow
 def test_a_search_that_takes_every_candidate_would_be_caught(monkeypatch):
     monkeypatch.setattr(observers, "better", lambda best, least, candidate, error: (candidate, error))
     with pytest.raises(AssertionError):

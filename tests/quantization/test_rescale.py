@@ -55,6 +55,7 @@ def error(store, w, seen):
 # AWQ: laws
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 9), columns=sizes, bits=st.integers(2, 8), group_size=st.sampled_from([-1, 0, 1, 7, 32]),
@@ -311,6 +312,7 @@ def fails(law):
         law()
 
 
+@pytest.mark.slow
 def test_a_search_that_takes_the_worst_is_caught(monkeypatch):
     monkeypatch.setattr(rescale, "min", lambda *tried, key: max(*tried, key=key), raising=False)
     fails(lambda: test_channels_of_unequal_size_make_it_much_better(4))

@@ -213,6 +213,7 @@ CHILD = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a matter of POSIX")
 def test_a_search_goes_on_after_kill_9_as_if_nothing_had_happened(tmp_path):
     path = tmp_path / "s.journal"

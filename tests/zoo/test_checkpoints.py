@@ -27,6 +27,7 @@ def test_every_checkpoint_has_a_recipe():
     assert CARDS.keys() == RECIPES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, least", [("mlp", 0.97), ("lenet-300-100", 0.93), ("resnet", 0.98)])
 def test_classifiers_are_as_good_as_their_cards(name, least):
     model, task = zoo.load(name)
@@ -42,6 +43,7 @@ def test_every_card_quotes_the_score_of_its_file(name):
     assert task.per_example(model, task.test).mean() == pytest.approx(float(quoted), abs=0.002)
 
 
+@pytest.mark.slow
 def test_the_language_model_predicts_code_it_never_saw():
     """Far from the card's figure, which belongs to one Python version; a model that knew nothing would need 3.7 bits."""
     model, task = zoo.load("gpt-small")
