@@ -3,8 +3,8 @@
 Problem   Layers differ: some bear 2 bits, others suffer at 4, and one width for all pays for both.
 Idea      Measure what each width of each layer costs, that layer alone rounded: its sensitivity. Then choose one width a
           layer with the least sum of costs whose bytes fit. That is a multiple-choice knapsack.
-Greedy    From the narrowest widths, always the widening that gains most a byte, as long as it fits. Exact up to the last
-          step, where it may leave bytes unused; `exact` wastes none.
+Greedy    From the narrowest widths, always the widening that gains most a byte, as long as it fits. Exact where each layer
+          gains less and less a byte, up to the last step, which may not fit; `exact` finds the least sum in any case.
 Cost      One pass over the calibration examples for each layer and width.
 Left out  That costs don't quite add up: two rounded layers may lose more, or less, than the sum of each alone.
 Source    Dong et al. 2019, arXiv:1911.03852, sec. 3 (choice by sensitivity, theirs from the Hessian's trace);

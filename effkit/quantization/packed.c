@@ -40,7 +40,7 @@ static void prepare(const float *x, Inputs to, long g) {
         float size = at[i] < 0 ? -at[i] : at[i];
         largest = size > largest ? size : largest;
     }
-    to.step[g] = largest > 1e-30f ? largest / 8355711 : 1; /* 127 * (65536 + 256 + 1) */
+    to.step[g] = largest > 1e-30f ? largest / 8355000 : 1; /* three bytes hold 8355711 = 127 * (65536 + 256 + 1): room to round */
     int8_t *bytes = to.bytes + 96 * g;
     for (int i = 0; i < 32; i++) {
         int whole = (int)(at[i] / to.step[g] + (at[i] < 0 ? -0.5f : 0.5f)); /* of NaN and infinity anything: `sum` keeps them */

@@ -47,9 +47,15 @@ def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expe
 @pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (300, 576), (512, 2048)])
-@pytest.mark.parametrize("before", ["", "#undef __AVX512VNNI__\n#undef __AVXVNNI__\n"], ids=["as here", "without byte products"])
+@pytest.mark.parametrize(
+    ("before", "flags"),
+    [("", native.FLAGS), ("#undef __AVX512VNNI__\n#undef __AVXVNNI__\n", native.FLAGS),
+     ("/* exact division */\n", tuple(flag for flag in native.FLAGS if flag not in native.MATH))],
+    ids=["as here", "without byte products", "without rewritten arithmetic"],
+)  # fmt: skip
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_the_native_kernel_equals_unpacking(monkeypatch, before, rows, columns, symmetric, tokens):
+def test_the_native_kernel_equals_unpacking(monkeypatch, before, flags, rows, columns, symmetric, tokens):
+    monkeypatch.setattr(native, "FLAGS", flags)
     monkeypatch.setattr(packed, "_SOURCE", before + packed._SOURCE.read_text())
     layer = RTN(**{**SETTINGS, "symmetric": symmetric}).replacement(nn.Linear(columns, rows))
     x = torch.randn(1, tokens, columns)
