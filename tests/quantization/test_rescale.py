@@ -13,7 +13,7 @@ from effkit.core.calibration import Statistics, layer_error
 from effkit.core.task import Batches, Task
 from effkit.quantization import AWQ, RTN, W8A8, SmoothQuant, rescale
 from effkit.quantization.affine import grouped
-from effkit.quantization.integer import Int8Linear
+from effkit.quantization.integer import Int8Linear, int8_product, int8_step, to_int8
 from effkit.quantization.rescale import (
     column_scale,
     cut_ranges,
@@ -362,3 +362,15 @@ def test_weights_that_were_not_multiplied_are_caught(monkeypatch):
 def test_outliers_that_are_not_undone_are_caught(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__itruediv__", lambda self, other: self)
     fails(test_a_power_of_two_changes_no_bit_and_any_factor_no_output)
+
+
+def test_what_is_foreseen_is_what_happens_even_where_nearly_all_values_round_to_zero():
+    """One far input makes the step so coarse that the others become 0: they err by themselves, not by a twelfth of a step squared."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(32, 64, generator=rng), 0.01 * torch.randn(400, 64, generator=rng)
+    x[:, 0] = 100 * torch.rand(400, generator=rng)
+    seen = Statistics(x.T @ x, x.abs().amax(0), len(x))
+    codes, scale = to_int8(weight)
+    made = int8_product(x, codes, scale.t(), int8_step(x.abs().max()).reshape(1, 1))
+    happened = (made - x @ weight.t()).square().sum().item()
+    assert expected_error(weight, seen, torch.ones(64)) == pytest.approx(happened, rel=0.5)
