@@ -39,6 +39,7 @@ def dynamic_int8(layer: nn.Linear, folder):
     quantize_dynamic(model, folder / "layer.onnx", weight_type=QuantType.QInt8, per_channel=True)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads take the cores from the next racer
     session = runtime.InferenceSession(folder / "layer.onnx", options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x.numpy()})
 
