@@ -140,7 +140,7 @@ def apply(
     out: Annotated[Path, typer.Option(help="The file to write.")],
 ) -> None:
     """Run a saved recipe on a model and save the result; what was interrupted while it looked at texts goes on."""
-    import shutil
+    from contextlib import suppress
 
     import effkit
     from effkit.core.calibration import remembering
@@ -153,7 +153,10 @@ def apply(
         with remembering(sums := out.with_name(f"{out.name}.calibration")):
             result = technique(loaded, task)
         size = effkit.save(result, out)
-        shutil.rmtree(sums, ignore_errors=True)
+        with suppress(OSError):  # not there, or somebody keeps something else in it
+            for file in sums.glob(f"{'[0-9a-f]' * 32}.safetensors"):
+                file.unlink()
+            sums.rmdir()
         typer.echo(f"{technique!r}\n{effkit.log(result)}\n{out}: {size:,} bytes; claims {technique.claim(result)}")
 
 

@@ -118,13 +118,15 @@ def gathered(model: nn.Module, task: Task, layers: str, dtype: torch.dtype, file
     # reading needs no permission: tied layers, which `find` would leave alone, are watched as well
     watched = {path: Running(layer, dtype) for path, layer in matching(model, is_linear_like, layers=layers, by="gather")}
     batches = done = _restore(file, watched) if file else 0
-    written, bar = time.monotonic(), tqdm(task.calib, desc="calibration", leave=False, delay=2)
+    written = began = time.monotonic()
+    bar = tqdm(task.calib, desc="calibration", leave=False, delay=2)
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for seen in watched.values():
             hooks.callback(seen.layer.register_forward_pre_hook(seen.watch, with_kwargs=True).remove)
         for batches, (inputs, _) in enumerate(bar, start=1):
-            if batches > done:
-                model(inputs)
+            if batches <= done:
+                continue
+            model(inputs)
             if file and time.monotonic() - written > EVERY:
                 _keep(file, watched, batches)
                 written = time.monotonic()
@@ -132,7 +134,7 @@ def gathered(model: nn.Module, task: Task, layers: str, dtype: torch.dtype, file
         raise ValueError("the calibration is empty: task.calib yields no batch; give it some examples")
     if not any(seen.tokens for seen in watched.values()):
         raise ValueError(f"no input reached {', '.join(watched)}: the model does not call these layers, or calls those of the one it was copied from")
-    if file and batches > done:
+    if file and batches > done and time.monotonic() - began > EVERY:
         _keep(file, watched, batches)
     found = Calibration({path: seen.statistics(path) for path, seen in watched.items() if seen.tokens})
     found.unreached = tuple(path for path in watched if path not in found)
@@ -179,6 +181,6 @@ def _restore(file: Path, watched: dict[str, Running]) -> int:
     header, sums = read_tensors(file, "delete it, and the inputs are looked at again")
     for path, tokens in header["tokens"].items():
         seen = watched[path]
-        device = next(seen.layer.parameters()).device
+        device = next((t.device for t in (*seen.layer.parameters(), *seen.layer.buffers())), "cpu")
         seen.tokens, seen.gram, seen.absmax = tokens, sums[f"{path}/gram"].to(device), sums[f"{path}/absmax"].to(device)
     return header["batches"]

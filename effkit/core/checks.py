@@ -51,7 +51,10 @@ def require_types(settings: object) -> None:
 
 @cache
 def _hints(kind: type) -> dict[str, object]:
-    hints = typing.get_type_hints(kind)
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # an annotation that only a type checker can read: nothing to hold values against
+        return {}
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 

@@ -41,6 +41,9 @@ static void prepare(const float *x, Inputs to, long g) {
         largest = size > largest ? size : largest;
     }
     to.step[g] = largest > 1e-30f ? largest / 8355000 : 1; /* three bytes hold 8355711 = 127 * (65536 + 256 + 1): room to round */
+#ifdef DOT
+    if (largest <= 1e-30f && to.sum[g] == to.sum[g]) to.sum[g] = 0; /* all bytes will be 0, and so the group is */
+#endif
     int8_t *bytes = to.bytes + 96 * g;
     for (int i = 0; i < 32; i++) {
         int whole = (int)(at[i] / to.step[g] + (at[i] < 0 ? -0.5f : 0.5f)); /* of NaN and infinity anything: `sum` keeps them */

@@ -3,8 +3,8 @@
 Problem   Reading weights, not arithmetic, limits decoding: fewer bits, fewer bytes to read.
 Idea      Round every weight to the nearest point of its group's grid; keep codes packed, scales in bfloat16.
 Cost      bits + (16 + 8) / group_size bits a weight, 8 less without zero points; no data and no training needed.
-Kernel    A few tokens through 4-bit groups of 32 run in C (packed.c), with float32's precision; anything else unpacks
-          and multiplies in float.
+Kernel    A few tokens through 4-bit groups of 32 run in C (packed.c), as precise as floats where inputs lie around zero;
+          anything else unpacks and multiplies in float. An infinite input makes NaN where floats make infinity.
 Left out  What the inputs look like, and how errors may cancel.
 Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1; groups as in Dettmers & Zettlemoyer 2022, arXiv:2212.09720.
 """
@@ -94,7 +94,8 @@ class PackedWeight(WeightStore):
         """By the native kernel; None where it does not apply: other bits or groups, many tokens, no C compiler."""
         rows, columns = self.shape
         fits = self.bits == 4 and self.group_size == 32 and columns % 32 == 0 and not self.real_zero
-        few = 0 < x.numel() <= FEW * columns and x.device.type == "cpu"
+        few = x.shape[-1:] == (columns,) and x.is_floating_point() and 0 < x.numel() <= FEW * columns
+        few = few and x.device.type == self.codes.device.type == "cpu"
         if not (fits and few) or (product := _product()) is None:
             return None
         x32 = x.detach().float()

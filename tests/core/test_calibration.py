@@ -175,6 +175,26 @@ def test_within_remembering_the_same_question_is_answered_once(monkeypatch):
     assert gather(model, data) is not gather(model, data), "outside, nothing is kept"
 
 
+def test_interrupted_twice_no_batch_counts_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "EVERY", -1.0)
+    model, data, calls = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), task(n=40), []
+    whole = gather(model, data)
+
+    def interrupt(layer, args):
+        calls.append(1)
+        if len(calls) in (3, 4):
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), calibration.remembering(tmp_path):
+            gather(model, data)
+    with calibration.remembering(tmp_path):
+        again = gather(model, data)
+    hook.remove()
+    assert again["0"].tokens == 40 and torch.equal(again["0"].gram, whole["0"].gram)
+
+
 def test_an_interrupted_look_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "EVERY", -1.0)  # sums are written after each batch
     model, data, batches = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), task(n=40), []

@@ -65,6 +65,25 @@ def test_the_native_kernel_equals_unpacking(monkeypatch, before, flags, rows, co
         assert (layer(x) - exact).abs().max() <= 1e-5 * exact.abs().max() + 1e-5
 
 
+def test_the_kernel_takes_only_what_it_can_read():
+    """It is told how many rows and columns there are, and believes it."""
+    layer = RTN().replacement(nn.Linear(96, 40, bias=False))
+    for shape in ((2, 48), (96, 1), (1, 3072), (packed.FEW + 1, 96), (0, 96)):
+        assert layer.weight_store.matvec(torch.randn(shape)) is None
+    assert layer.weight_store.matvec(torch.ones(2, 96, dtype=torch.long)) is None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(2, 48))
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-60, 2.0**60])
+def test_tiny_and_huge_inputs_of_the_kernel(factor):
+    layer, x = RTN().replacement(nn.Linear(96, 24, bias=False)), torch.randn(packed.FEW, 96)
+    y, exact = layer.weight_store.matvec(x * factor), x * factor @ layer.dense_weight().T
+    assert y is not None and (y - exact).abs().max() <= max(1e-5 * exact.abs().max(), 1e-28)
+    assert torch.allclose(layer.weight_store.matvec(x.t().contiguous().t()), x @ layer.dense_weight().T, atol=1e-5)
+
+
 @pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
 @pytest.mark.parametrize("technique", [RTN(), RTN(search="least-squares"), AWQ(), GPTQ(), GPTQ(search="least-squares")], ids=repr)
 def test_however_a_grid_was_found_the_kernel_reads_it(technique):
