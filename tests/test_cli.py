@@ -224,6 +224,18 @@ def test_apply_runs_a_recipe_and_saves_the_result(small_model, tmp_path):
         torch.testing.assert_close(library.load(out)(*task.example), technique(model, task)(*task.example))
 
 
+def test_apply_leaves_what_it_did_not_write(small_model, tmp_path):
+    """Sums of calibration stand beside the output until it is written; another's folder of that name stays."""
+    from effkit import save_recipe
+    from effkit.quantization import RTN
+
+    (other := tmp_path / "m.calibration").mkdir()
+    (other / "thesis.txt").write_text("mine")
+    save_recipe(RTN(), tmp_path / "recipe.json")
+    done = effkit("apply", str(tmp_path / "recipe.json"), "--model", "mlp", "--out", str(tmp_path / "m"))
+    assert done.exit_code == 0 and (other / "thesis.txt").read_text() == "mine", done.output
+
+
 @pytest.mark.slow
 def test_select_recommends_a_recipe_that_apply_runs_within_the_limits(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

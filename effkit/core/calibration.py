@@ -82,8 +82,7 @@ def gather(model: nn.Module, task: Task, *, layers: str = "*", dtype: torch.dtyp
     key = hashlib.sha256(repr(question).encode()).hexdigest()[:32]
     if key not in _memory.found:
         _memory.found.clear()  # of one question only: they are large
-        file = _memory.folder and _memory.folder / f"{key}.safetensors"
-        _memory.found[key] = gathered(model, task, layers, dtype, file)
+        _memory.found[key] = gathered(model, task, layers, dtype, _memory.folder and _memory.folder / f"{key}.safetensors")
     return _memory.found[key]
 
 
@@ -169,8 +168,7 @@ def _keep(file: Path, watched: dict[str, Running], batches: int) -> None:
     """The sums over so many batches, in one file with its SHA-256."""
     reached = {path: seen for path, seen in watched.items() if seen.tokens}
     sums = {f"{path}/{name}": getattr(seen, name).cpu().contiguous() for path, seen in reached.items() for name in ("gram", "absmax")}
-    header = {"schema": SCHEMA, "batches": batches, "tokens": {path: seen.tokens for path, seen in reached.items()}}
-    write_tensors(file, header, sums)
+    write_tensors(file, {"schema": SCHEMA, "batches": batches, "tokens": {p: seen.tokens for p, seen in reached.items()}}, sums)
 
 
 def _restore(file: Path, watched: dict[str, Running]) -> int:

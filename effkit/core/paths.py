@@ -75,6 +75,8 @@ def check_writable(path: Path | str) -> None:
     for permissions alone don't tell on network drives."""
     with _named(Path(path)), _beside(Path(path)) as beside:
         beside.touch()
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a folder")
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def cell(name: str, technique: Technique, which: int) -> dict:
     changed = technique(model, calibrated(task, which))
     windows = losses(changed, task)
     claim = technique.claim(changed)
-    counted = {"bits per weight": claim.value} if claim is not None and claim.unit == "bits per weight" else {}
+    counted = {"bits per weight": claim.value} if claim.unit == "bits per weight" else {}
     return {"loss": fmean(windows), "windows": windows, "bytes on disk": disk_bytes(changed).value, **counted}
 
 

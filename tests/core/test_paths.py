@@ -139,3 +139,9 @@ def test_without_a_checkout_the_error_says_how_to_get_one(monkeypatch, tmp_path)
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "site-packages/effkit/core/paths.py"))
     with pytest.raises(FileNotFoundError, match=r"clone the repository .* `pip install -e \.`"):
         paths.checkout()
+
+
+def test_a_folder_is_not_taken_for_a_file_before_the_work(tmp_path):
+    with pytest.raises(IsADirectoryError, match="cannot be written .it is a folder.*name a file"):
+        paths.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and not [p for p in tmp_path.parent.iterdir() if p.suffix == ".tmp"]
