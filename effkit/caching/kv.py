@@ -13,7 +13,7 @@ Source    Shazeer 2019, arXiv:1911.02150, section 2.4.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from effkit.core.checkpoint import stored
@@ -43,9 +43,19 @@ class PreallocatedCache(Cache):
     ) -> Float[Tensor, "b h n d"]:
         q, k = self.rope(q, self.tables), self.rope(k, self.tables)
         buffer = self._room(layer, k)
-        buffer[:, :, :, self.length - k.shape[2] : self.length] = torch.stack((k, v))
-        keys, values = buffer[:, :, :, : self.length]
-        return attention(q, keys, values)
+        keys, values = buffer[0], buffer[1]
+        if self.lengths is None:
+            keys[:, :, self.length - self.fed : self.length] = k
+            values[:, :, self.length - self.fed : self.length] = v
+        else:  # each row at its own end
+            slots = self.positions[:, None, :, None].expand_as(k)
+            keys.scatter_(2, slots, k)
+            values.scatter_(2, slots, v)
+        return attention(q, keys[:, :, : self.length], values[:, :, : self.length], self.mask)
+
+    def move(self, start: int, index: Int[Tensor, " k"]) -> None:
+        for buffer in self.buffers:
+            buffer[:, :, :, start : start + len(index)] = buffer[:, :, :, start + index]
 
     def nbytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers)
@@ -68,7 +78,7 @@ class PreallocatedCache(Cache):
 
 def _buffer(like: Float[Tensor, "b g n d"], capacity: int) -> Float[Tensor, "2 b g capacity d"]:
     rows, groups, _, size = like.shape
-    return like.new_empty(2, rows, groups, capacity, size)
+    return like.new_zeros(2, rows, groups, capacity, size)  # zeros: what a mask hides must not be NaN
 
 
 @stored

@@ -5,11 +5,11 @@ attention's output back. What is kept, where, in which precision, and when it is
 so chapters 07 and 08 change all of it without touching the model.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,46 +44,106 @@ class Rope(nn.Module):
 class Cache:
     """What attention may look back on.
 
-    advance(n)                  once a pass, by the model, before the layers; returns the positions of n new tokens
+    advance(n, parents)         once a pass, by the model, before the layers; returns the positions of n new tokens
     attend(layer, q, k, v)      once a layer; q, k not yet rotated; returns the attention's output
-    truncate(n)                 forget everything from position n on (speculation takes rejected tokens back)
+    truncate(n)                 forget everything from position n on; n may be one number a row
+    keep(index)                 of the last pass's tokens only these stay: a branch of its tree
     length                      tokens that need not be fed again: a pass is fed ids[:, cache.length :]
+    lengths                     one number a row where rows differ, `length` then being the largest; else None
+
+    parents   of each new token, the place of the one before it in the text, counted in this pass; -1: what the cache
+              held already. Without them each token follows the one before it.
     """
 
     def __init__(self, rope: Rope):
         self.rope = rope  # the model's own, by which it knows its caches
         self.length = 0
+        self.lengths: Int[Tensor, " b"] | None = None
 
-    def advance(self, n: int, *, device=None, dtype=torch.float32) -> Int[Tensor, " n"]:
-        positions = torch.arange(self.length, self.length + n, device=device)
-        self.tables = self.rope.tables(positions, dtype)
-        self.length += n
-        return positions
+    def advance(
+        self, n: int, parents: Int[Tensor, " n"] | None = None, *, device=None, dtype=torch.float32
+    ) -> Int[Tensor, "*b n"]:
+        if parents is not None and self.lengths is not None:
+            raise ValueError("a token tree needs rows of one length: feed it one row at a time")
+        start = self.length if self.lengths is None else self.lengths.to(device)[:, None]
+        ancestors = None if parents is None else ancestry(parents.to(device))
+        self.positions = start + (torch.arange(n, device=device) if ancestors is None else ancestors.sum(1) - 1)
+        self.tables = self.rope.tables(self.positions, dtype)
+        self.mask = visible(self.positions, self.length, ancestors)
+        self.fed, self.length = n, self.length + n
+        self.lengths = None if self.lengths is None else self.lengths + n
+        return self.positions
 
     def attend(
         self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
     ) -> Float[Tensor, "b h n d"]:
         raise NotImplementedError
 
-    def truncate(self, n: int) -> None:
-        require_int("n", n, 0, hint="it is how many tokens stay")
-        self.length = min(self.length, n)
+    def truncate(self, n: int | Int[Tensor, " b"]) -> None:
+        if isinstance(n, Tensor):
+            lengths = n.clamp(max=self.length if self.lengths is None else self.lengths)
+            self.length = int(lengths.max())
+            self.lengths = None if (lengths == self.length).all() else lengths
+        else:
+            require_int("n", n, 0, hint="it is how many tokens stay")
+            if self.lengths is not None:
+                return self.truncate(torch.full_like(self.lengths, n))
+            self.length = min(self.length, n)
+
+    def keep(self, index: Int[Tensor, " k"]) -> None:
+        start = self.length - self.fed
+        if self.lengths is not None or (self.positions[index] != start + torch.arange(len(index), device=index.device)).any():
+            raise ValueError(f"keep takes a branch of the last pass's tree, root first, of one row; got {index.tolist()}")
+        self.move(start, index)
+        self.length = start + len(index)
+
+    def move(self, start: int, index: Int[Tensor, " k"]) -> None:
+        """Brings the tokens in slots start + index to the slots from start on; what lies behind them is forgotten."""
+        how = "cannot keep a branch of a token tree: generate with proposals in one line, or with another cache"
+        raise ValueError(f"{type(self).__name__} {how}")
 
     def nbytes(self) -> int:
         """Bytes held for keys and values."""
         raise NotImplementedError
 
 
+def ancestry(parents: Int[Tensor, " n"]) -> Bool[Tensor, "n n"]:
+    """Of each token of a tree, which of its tokens it follows, itself among them."""
+    ancestors = torch.eye(len(parents), dtype=torch.bool, device=parents.device)
+    for child, parent in enumerate(parents.tolist()):
+        if not -1 <= parent < child:
+            raise ValueError(f"token {child} of the tree has parent {parent}: it must come before it, or be -1")
+        if parent >= 0:
+            ancestors[child] |= ancestors[parent]
+    return ancestors
+
+
+def visible(
+    positions: Int[Tensor, "*b n"], held: int, ancestors: Bool[Tensor, "n n"] | None = None
+) -> Bool[Tensor, "*b n m"] | None:
+    """Which of the `held` tokens and of the n new ones each new one sees; None where attention is simply causal."""
+    if ancestors is not None:
+        return F.pad(ancestors, (held, 0), value=True)
+    n = positions.shape[-1]
+    if positions.dim() == 1 and (n == 1 or not held):
+        return None
+    mask = torch.arange(held + n, device=positions.device) <= positions[..., None]
+    return mask if mask.dim() == 2 else mask[:, None]
+
+
 class NoCache(Cache):
     """Keeps nothing: one pass over the whole text, as in training; the quadratic cost that chapter 07 begins with."""
 
-    def advance(self, n, *, device=None, dtype=torch.float32):
-        positions = super().advance(n, device=device, dtype=dtype)
+    def advance(self, n, parents=None, *, device=None, dtype=torch.float32):
+        positions = super().advance(n, parents, device=device, dtype=dtype)
         self.length = 0
         return positions
 
     def attend(self, layer, q, k, v):
-        return attention(self.rope(q, self.tables), self.rope(k, self.tables), v)
+        return attention(self.rope(q, self.tables), self.rope(k, self.tables), v, self.mask)
+
+    def keep(self, index):
+        """Nothing was kept."""
 
     def nbytes(self) -> int:
         return 0
@@ -105,27 +165,40 @@ class ConcatCache(Cache):
         else:
             self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
             self.values[layer] = torch.cat((self.values[layer], v), dim=2)
-        return attention(q, self.keys[layer], self.values[layer])
+        return attention(q, self.keys[layer], self.values[layer], self.mask)
 
-    def truncate(self, n: int) -> None:
+    def truncate(self, n) -> None:
         super().truncate(n)
-        self.keys = [k[:, :, :n] for k in self.keys]
-        self.values = [v[:, :, :n] for v in self.values]
+        if self.lengths is not None:
+            how = "a cache that is written in place has room for that: Preallocated()(model, task)"
+            raise ValueError(f"rows of {self.lengths.tolist()} tokens cannot be concatenated: {how}")
+        self._map(lambda t: t[:, :, : self.length])
+
+    def move(self, start, index):
+        self._map(lambda t: torch.cat((t[:, :, :start], t[:, :, start + index]), dim=2))
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
+        self.keys, self.values = [f(k) for k in self.keys], [f(v) for v in self.values]
+
 
 def attention(
-    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m d"]
-) -> Float[Tensor, "b h n d"]:
-    """Causal attention of the last n of m positions; h query heads share g key-value heads."""
-    n, m = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    if n == m and n > 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    mask = None if n == 1 else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m d"],
+    mask: Bool[Tensor, "*b n m"] | None = None,
+) -> Float[Tensor, "b h n d"]:  # fmt: skip
+    """Attention of n queries to m keys; h query heads share g key-value heads. A mask says what a query sees; without
+    one, the n queries are the last of the m tokens, and each sees itself and those before it."""
+    n, m, shared = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if mask is None and n == m and n > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared > 1)
+    if mask is None and n > 1:
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    # the heads that share a key read it once, as rows of one product
+    rows = q.unflatten(1, (-1, shared)).flatten(2, 3)
+    mask = mask if mask is None or shared == 1 else mask.repeat(*[1] * (mask.dim() - 2), shared, 1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).unflatten(2, (shared, n)).flatten(1, 2)
 
 
 @dataclass(frozen=True)

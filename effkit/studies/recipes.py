@@ -24,12 +24,19 @@ def mnist_task(kind: type[Batches] = Jittered) -> Task:
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
 
 
-SHORT = Recipe(
-    build=lambda: GPT(vocab_size=1024, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704, context=1024),
-    task=lambda: stdlib_training(length=256, seed=0),
-    schedule=Schedule(steps=6000, lr=3e-3, warmup=100, weight_decay=0.1, autocast=True),
-    loss=compiled_language_loss,
-)
+def language_recipe(steps: tuple[int, int], lr: float, **shape) -> Recipe:
+    """Short windows while everything is still to be learned, then the whole context at half the learning rate."""
+    schedule = Schedule(steps=steps[0], lr=lr, warmup=100, weight_decay=0.1, autocast=True)
+    short = Recipe(
+        build=lambda: GPT(vocab_size=1024, context=1024, **shape),
+        task=lambda: stdlib_training(length=256, seed=0),
+        schedule=schedule,
+        loss=compiled_language_loss,
+    )
+    longer = replace(schedule, steps=steps[1], lr=lr / 2)
+    return replace(short, first=short, task=lambda: stdlib_training(length=1024, seed=1), schedule=longer)
+
+
 RECIPES = {
     "mlp": Recipe(
         lambda: MLP((784, 800, 800, 10)), mnist_task, Schedule(4400, 1e-3, warmup=100, weight_decay=0.05)
@@ -40,10 +47,7 @@ RECIPES = {
     "resnet": Recipe(
         lambda: ResNet((32, 64, 128)), mnist_task, Schedule(1650, 4e-3, warmup=100, weight_decay=0.05)
     ),
-    "gpt-small": replace(  # short windows while everything is still to be learned, then the whole context
-        SHORT,
-        first=SHORT,
-        task=lambda: stdlib_training(length=1024, seed=1),
-        schedule=replace(SHORT.schedule, steps=2400, lr=1.5e-3),
-    ),
+    "gpt-small": language_recipe((6000, 2400), 3e-3, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704),
+    "gpt-target": language_recipe((6000, 2400), 2.5e-3, d_model=320, layers=10, heads=10, kv_heads=2, d_ff=832),
+    "gpt-draft": language_recipe((4000, 1600), 4e-3, d_model=192, layers=2, heads=6, kv_heads=2, d_ff=576),
 }

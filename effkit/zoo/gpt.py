@@ -108,16 +108,21 @@ class GPT(nn.Module):
     def context(self) -> int:
         return self.config.context
 
-    def forward(self, ids: Int[Tensor, "b n"], cache: Cache | None = None) -> Float[Tensor, "b n vocab"]:
-        return self.logits(self.features(ids, cache))
+    def forward(
+        self, ids: Int[Tensor, "b n"], cache: Cache | None = None, parents: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "b n vocab"]:
+        """Logits after every token; `parents` where the tokens are a tree (core/generation.py, Cache)."""
+        return self.logits(self.features(ids, cache, parents))
 
-    def features(self, ids: Int[Tensor, "b n"], cache: Cache | None = None) -> Float[Tensor, "b n d_model"]:
+    def features(
+        self, ids: Int[Tensor, "b n"], cache: Cache | None = None, parents: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "b n d_model"]:
         """The last layer's normalized state, which the output layer turns into logits."""
         cache = NoCache(self.rope) if cache is None else cache
         if cache.rope is not self.rope:
             raise ValueError("this cache was made by another model; make one with new_cache of the model that reads it")
         x = self.embedding(ids)
-        cache.advance(ids.shape[1], device=ids.device, dtype=x.dtype)
+        cache.advance(ids.shape[1], parents, device=ids.device, dtype=x.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         return self.norm(x)

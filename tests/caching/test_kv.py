@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import effkit
 from effkit.caching import SHOWCASE, Preallocated, Recompute, kv
@@ -12,45 +10,9 @@ from effkit.caching.kv import PreallocatedCache
 from effkit.core.generation import ConcatCache, NoCache, Sampler
 from effkit.core.task import Task
 from tests.caching.decoders import assert_equal_logits, chunked, decoder, text
+from tests.caching.laws import equals_recomputed, taken_back_leaves_no_trace
 
 GREEDY = Sampler(temperature=0.0)
-KINDS = {
-    "concatenated": lambda rope: ConcatCache(rope),
-    "preallocated": lambda rope: PreallocatedCache(rope, 64),
-    "grown": lambda rope: PreallocatedCache(rope, 1),
-}
-
-
-def cached_equals_recomputed(kind="preallocated", length=12, sizes=(4, 1, 3), kv_heads=2, dtype=torch.float64, rows=2):
-    model, ids = decoder(dtype=dtype, kv_heads=kv_heads), text(length, rows=rows)
-    assert_equal_logits(chunked(model, KINDS[kind](model.rope), ids, sizes), model(ids))
-
-
-def taken_back_leaves_no_trace(kind="preallocated", length=9, keep=5, sizes=(4, 1), dtype=torch.float64):
-    model, first, second = decoder(dtype=dtype), text(length, seed=1), text(length + 8, seed=2)
-    keep = min(keep, length)
-    cache = KINDS[kind](model.rope)
-    chunked(model, cache, first, sizes)
-    cache.truncate(keep)
-    assert cache.length == keep
-    regrown = torch.cat((first[:, :keep], second[:, keep:]), dim=1)
-    assert_equal_logits(chunked(model, cache, regrown, sizes), model(regrown)[:, keep:])
-
-
-kinds, chunks = st.sampled_from(sorted(KINDS)), st.lists(st.integers(1, 9), max_size=6)
-dtypes, ratios = st.sampled_from([torch.float64, torch.float32]), st.sampled_from([1, 2, 4])
-
-
-@settings(max_examples=40)
-@given(kind=kinds, length=st.integers(1, 40), sizes=chunks, kv_heads=ratios, dtype=dtypes, rows=st.integers(1, 3))
-def test_cached_logits_equal_recomputed_ones(kind, length, sizes, kv_heads, dtype, rows):
-    cached_equals_recomputed(kind, length, sizes, kv_heads, dtype, rows)
-
-
-@settings(max_examples=30)
-@given(kind=kinds, length=st.integers(2, 30), keep=st.integers(0, 30), sizes=chunks, dtype=dtypes)
-def test_what_was_taken_back_leaves_no_trace(kind, length, keep, sizes, dtype):
-    taken_back_leaves_no_trace(kind, length, keep, sizes, dtype)
 
 
 def test_truncating_beyond_the_end_changes_nothing():
@@ -176,7 +138,11 @@ def test_equals_transformers_with_its_own_cache(kv_heads):
             assert (model(ids[:, start:end], cache) - answer.logits).abs().max() < 1e-4
 
 
-# Planted bugs: each of these caches must fail the laws above.
+# Planted bugs: each of these caches must fail the laws that test_protocol.py asks of it.
+
+
+def preallocated(model, capacity):
+    return PreallocatedCache(model.rope, capacity)
 
 
 def one_row_too_early(self, layer, q, k, v, attend=PreallocatedCache.attend):
@@ -191,8 +157,8 @@ def values_for_keys(self, layer, q, k, v, attend=PreallocatedCache.attend):
     return attend(self, layer, q, k, k)
 
 
-def positions_from_zero(self, n, *, device=None, dtype=torch.float32, advance=PreallocatedCache.advance):
-    positions = advance(self, n, device=device, dtype=dtype)
+def positions_from_zero(self, n, parents=None, *, device=None, dtype=torch.float32, advance=PreallocatedCache.advance):
+    positions = advance(self, n, parents, device=device, dtype=dtype)
     self.tables = self.rope.tables(torch.arange(n), dtype)
     return positions
 
@@ -209,8 +175,8 @@ def positions_from_zero(self, n, *, device=None, dtype=torch.float32, advance=Pr
 def test_a_cache_that_errs_is_noticed(monkeypatch, where, name, bug):
     monkeypatch.setattr(where, name, bug)
     with pytest.raises((AssertionError, RuntimeError)):
-        cached_equals_recomputed()
-        taken_back_leaves_no_trace()
+        equals_recomputed(preallocated)
+        taken_back_leaves_no_trace(preallocated)
 
 
 def test_growth_that_loses_the_old_rows_is_noticed(monkeypatch):
@@ -225,7 +191,7 @@ def test_growth_that_loses_the_old_rows_is_noticed(monkeypatch):
 
     monkeypatch.setattr(PreallocatedCache, "_room", forgetful)
     with pytest.raises(AssertionError):
-        cached_equals_recomputed("grown")
+        equals_recomputed(lambda model, capacity: PreallocatedCache(model.rope, 1))
 
 
 def test_a_technique_that_does_nothing_is_noticed(monkeypatch, tmp_path):

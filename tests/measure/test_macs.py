@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from effkit import zoo
 from effkit.measure import Counted, count, flops, intensity, macs
+from effkit.studies.recipes import RECIPES
 from effkit.zoo import GPT, MLP, ResNet
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -77,6 +78,8 @@ ZOO = {
     "lenet-300-100": lambda: (MLP((784, 300, 100, 10)), torch.rand(3, 1, 28, 28)),
     "resnet": lambda: (ResNet(), torch.rand(3, 1, 28, 28)),
     "gpt-small": lambda: (GPT(), torch.randint(1024, (2, 40))),
+    "gpt-target": lambda: (RECIPES["gpt-target"].build(), torch.randint(1024, (2, 40))),
+    "gpt-draft": lambda: (RECIPES["gpt-draft"].build(), torch.randint(1024, (2, 40))),
     "smollm2": smollm2,
 }
 

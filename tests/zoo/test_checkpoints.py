@@ -18,13 +18,13 @@ def test_every_checkpoint_has_its_card_and_its_hash():
 
 
 def test_together_they_stay_small():
-    assert sum(path.stat().st_size for path in data_dir().glob("*.safetensors")) < 20e6
+    assert sum(path.stat().st_size for path in data_dir().glob("*.safetensors")) < 45e6
 
 
 def test_every_checkpoint_has_a_recipe():
     from effkit.studies.recipes import RECIPES
 
-    assert CARDS.keys() == RECIPES.keys()
+    assert CARDS.keys() <= RECIPES.keys()
 
 
 @pytest.mark.slow
