@@ -1,5 +1,6 @@
 """The files that describe the project agree with each other, and with what a fresh machine needs."""
 
+import os
 import re
 import shlex
 import socket
@@ -152,6 +153,44 @@ def test_no_process_that_a_test_starts_reaches_it_either():
     assert run.returncode == 1 and "('192.0.2.1', 80): effkit works without a network" in run.stderr
     with socket.create_server(("127.0.0.1", 0)) as server:
         subprocess.run([sys.executable, "-c", REACH % server.getsockname()], check=True)
+
+
+OWN = "import builtins, socket; builtins.OWN = __file__, socket.socket.connect.__qualname__"
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Runs code in a process of a machine that has a sitecustomize of its own, with this source; in vain, if it is not run."""
+
+    def run(own: str, code: str) -> subprocess.CompletedProcess:
+        (tmp_path / "sitecustomize.py").write_text(own)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((stages.offline()["PYTHONPATH"], str(tmp_path))))
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    return run
+
+
+def test_a_machines_own_start_is_run_guarded(started, tmp_path):
+    run = started(OWN, "print(*OWN)")
+    assert run.stdout.split() == [str(tmp_path / "sitecustomize.py"), "guarded.<locals>.within"], run.stderr
+
+
+@pytest.mark.parametrize("own", ["1 / 0", "import no_such_module", OWN], ids=["fails", "imports what is missing", "works"])
+def test_the_guard_bites_whatever_the_machines_own_does(started, own):
+    run = started(own, REACH % ("192.0.2.1", 80))
+    assert run.returncode == 1 and "('192.0.2.1', 80): effkit works without a network" in run.stderr
+    assert ("Error in sitecustomize" in run.stderr) == (own != OWN)
+
+
+def test_a_guard_that_shadows_the_machines_own_is_caught(started, tmp_path, monkeypatch):
+    """Planted: the guard as it was, in a folder of its own before all others."""
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    source = (ROOT / "tests/offline/sitecustomize.py").read_text(encoding="utf-8")
+    (shadow / "sitecustomize.py").write_text(source.replace("run_the_machines_own(__name__)", "pass"))
+    monkeypatch.setattr(stages, "offline", lambda: {"PYTHONPATH": str(shadow)})
+    with pytest.raises(AssertionError):
+        test_a_machines_own_start_is_run_guarded(started, tmp_path)
 
 
 def test_no_stage_reaches_it(monkeypatch, capfd):
