@@ -85,18 +85,28 @@ class Task:
 
     def to(self, device: torch.device | str) -> "Task":
         """The task with its data where the model is, as in `model.to(device), task.to(device)`."""
-        splits = {name: split.to(device) for name in ("train", "calib", "val", "test") if (split := getattr(self, name)) is not None}
-        return replace(self, example=self.example and tuple(x.to(device) for x in self.example), **splits)
+        held = ("example", "train", "calib", "val", "test")
+        return replace(self, **{name: _moved(getattr(self, name), device, f"task.{name}") for name in held})
 
     def require(self, *fields: str, by: object) -> None:
         """Raises ValueError naming the technique and each field it reads that is missing or empty."""
         missing = [name for name in fields if getattr(self, name) is None or _empty(getattr(self, name))]
+        who = getattr(by, "__name__", type(by).__name__)  # functions and classes have a name, techniques a class
         if missing:
-            which, one = ", ".join(missing), missing[0]
-            who = getattr(by, "__name__", type(by).__name__)  # functions and classes have a name, techniques a class
-            raise ValueError(f"{who} reads task.{which}, which this task lacks; pass Task({one}=...)")
+            raise ValueError(f"{who} reads task.{', '.join(missing)}, which this task lacks; pass Task({missing[0]}=...)")
+        if "train" in fields and not hasattr(self.train, "at"):
+            raise ValueError(f"{who} reads task.train by batch number, which a {type(self.train).__name__} does not offer; pass Batches(inputs, targets)")
+
+
+def _moved(data: Any, device: torch.device | str, where: str) -> Any:
+    """Data on a device: of a list, as of a tuple, each part; else what can move itself."""
+    if isinstance(data, list | tuple):
+        return type(data)(_moved(part, device, where) for part in data)
+    if data is None or hasattr(data, "to"):
+        return data if data is None else data.to(device)
+    raise ValueError(f"{where} holds a {type(data).__name__}, which cannot be moved to {device}: give Batches(inputs, targets), or a list of such pairs")
 
 
 def _empty(value: object) -> bool:
-    """Batches, or windows of a text, of which there is none."""
-    return hasattr(value, "at") and len(value) == 0  # type: ignore[arg-type]
+    """Batches, windows of a text, or a list of batches, of which there is none."""
+    return (hasattr(value, "at") or isinstance(value, list)) and len(value) == 0  # type: ignore[arg-type]
