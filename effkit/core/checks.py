@@ -32,7 +32,7 @@ def require_float(
 
 def require_seed(seed: object) -> None:
     """Raises ValueError for what random generators do not take."""
-    require_int("seed", seed, 0, 2**32 - 1, hint="the same seed draws the same numbers")
+    require_int("seed", seed, 0, 2**32 - 1, hint="the same seed draws the same numbers; take 0 where any will do")
 
 
 def require_choice(name: str, value: object, choices, *, hint: str = "") -> None:
@@ -43,10 +43,12 @@ def require_choice(name: str, value: object, choices, *, hint: str = "") -> None
 
 def require_types(settings: object) -> None:
     """Raises ValueError naming the first field of a dataclass whose value is not what its annotation says."""
-    for name, hint in _hints(type(settings)).items():  # type: ignore[arg-type]
+    owner = type(settings)
+    for name, hint in _hints(owner).items():  # type: ignore[arg-type]
         if not _fits(value := getattr(settings, name), hint):
             kind = " or ".join(map(_in_words, typing.get_args(hint) if _is_union(hint) else (hint,)))
-            raise ValueError(f"{name} must be {kind}, got {value!r}{_tail(f'a setting of {type(settings).__name__}')}")
+            example = f"write {owner.__name__}({name}={getattr(owner, name)!r}), for example" if hasattr(owner, name) else f"see help({owner.__name__})"
+            raise ValueError(f"{name} must be {kind}, got {value!r}: {example}")
 
 
 @cache
@@ -55,7 +57,7 @@ def _hints(kind: type) -> dict[str, object]:
         hints = typing.get_type_hints(kind)
     except NameError:  # an annotation that only a type checker can read: nothing to hold values against
         return {}
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
 
 
 def _is_union(hint: object) -> bool:
@@ -76,7 +78,7 @@ def _fits(value: object, hint: typing.Any) -> bool:
         wanted = [args[0]] * len(value) if args[1:] == (...,) else args
         return len(wanted) == len(value) and all(map(_fits, value, wanted))
     if origin is typing.Literal:
-        return value in args
+        return any(_fits(value, type(choice)) and value == choice for choice in args)  # True == 1, and is no number
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     return not isinstance(origin or hint, type) or isinstance(value, origin or hint)

@@ -56,8 +56,7 @@ def _decode(data: dict, catalog: Mapping[str, type[Technique]]) -> Technique:
         raise ValueError(f"no technique {name!r} in the catalogue; it has {', '.join(sorted(catalog))}")
     kind = catalog[name]
     fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields) - {"technique"})
-    if unknown:
+    if unknown := sorted(set(data) - set(fields) - {"technique"}):
         raise ValueError(f"{name} has no field {', '.join(unknown)}; it has {', '.join(fields) or 'none'}")
     return kind(**{key: _value(data[key], catalog) for key in fields if key in data})
 

@@ -8,7 +8,7 @@ the model that is really there, declared by each technique as what it needs, bre
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -61,13 +61,14 @@ class Technique:
     paper: ClassVar[Paper]
 
     def __init_subclass__(cls):
-        """What a class checks itself, and explains, comes first; then each setting has to be what its annotation says."""
+        """What a class checks itself, and explains, comes first; then each setting has to be what its annotation says.
+        A class that checks nothing is wrapped too, for it may have its checks from a mixin, which knows nothing of ours."""
         super().__init_subclass__()
-        if (own := cls.__dict__.get("__post_init__")) is not None:
-            cls.__post_init__ = wraps(own)(lambda self: _checked(self, own))  # type: ignore[method-assign]
+        own = cls.__post_init__
+        cls.__post_init__ = wraps(own)(lambda self: _checked(self, own))  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        require_types(self)
+        """What a class checks itself; the end of every chain of super().__post_init__()."""
 
     def __call__(self, model: nn.Module, task: Task | None = None) -> nn.Module:
         """The model, rewritten; the one passed in is untouched, and so are the global random state and each mode."""
@@ -79,7 +80,8 @@ class Technique:
         return result
 
     def check(self, model: nn.Module) -> None:
-        """Raises ValueError when the model lacks a trait that this technique needs."""
+        """Raises ValueError when the model lacks a trait that this technique needs, or a setting is not of its type."""
+        require_types(self)  # again, for a class may have an __init__ of its own
         for trait in sorted(self.needs | {EAGER}, key=lambda t: t.name):
             if not trait.holds(model):
                 raise ValueError(f"{type(self).__name__} needs {trait.name}, which this model lacks; see effkit.log(model) for what removed it")
@@ -121,10 +123,10 @@ class Pipeline(Technique):
     paper = Paper("effkit", 2026, "composition of techniques", "", "")
 
     def __post_init__(self):
-        object.__setattr__(self, "steps", tuple(self.steps))
-        for step in self.steps:
-            if not isinstance(step, Technique):
-                raise ValueError(f"a Pipeline takes techniques, got {step!r}; pass instances, as in Pipeline((RTN(bits=4),))")
+        steps = tuple(self.steps) if isinstance(self.steps, Iterable) else (None,)
+        if not all(isinstance(step, Technique) for step in steps):
+            raise ValueError(f"steps must be techniques, in a tuple, got {self.steps!r}: write Pipeline((RTN(bits=4),)), for example")
+        object.__setattr__(self, "steps", steps)
         broken: dict[Trait, Technique] = {}
         for step in self.steps:
             for trait in (step.needs | {EAGER}) & broken.keys():
@@ -180,21 +182,13 @@ def clone(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         for path, module in model.named_modules():
-            for name, value in vars(module).items():
-                if name not in ("_modules", "_parameters") and not _copies(value):
-                    where = f"{path}.{name}".lstrip(".")
-                    raise ValueError(
-                        f"the model cannot be copied because of its attribute {where} ({type(value).__name__}); remove it, or set it after the technique"
-                    ) from error
+            for name in [n for n in vars(module) if n not in ("_modules", "_parameters")]:
+                try:
+                    copy.deepcopy(vars(module)[name])
+                except Exception:  # noqa: BLE001 (whatever it is, it is what we are looking for)
+                    where = f"{path}.{name} ({type(vars(module)[name]).__name__})".lstrip(".")
+                    raise ValueError(f"the model cannot be copied because of its attribute {where}; remove it, or set it after the technique") from error
         raise
-
-
-def _copies(value: object) -> bool:
-    try:
-        copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 (whatever it is, it is what we are looking for)
-        return False
-    return True
 
 
 @contextmanager
