@@ -2,13 +2,15 @@
 
 cost   macs and bytes of a token, with a cache and without; macs a byte of attention
 kv     Recompute, the baseline; Preallocated, a cache that is written in place
+fused  Fused: few tokens pass through a block in three calls
 """
 
+from effkit.caching.fused import Fused
 from effkit.caching.kv import Preallocated, Recompute
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.core.technique import Identity
 
-__all__ = ["SHOWCASE", "Preallocated", "Recompute"]
+__all__ = ["SHOWCASE", "Fused", "Preallocated", "Recompute"]
 
 SHOWCASE = Showcase(
     "caching",

@@ -86,8 +86,24 @@ class Block(nn.Module):
 
 
 @stored
+class InOrder(nn.Module):
+    """As a decoder's `running`: one block after another, and the output layer."""
+
+    def forward(self, model: nn.Module, x: Float[Tensor, "b n d_model"], cache: Cache) -> Float[Tensor, "b n d_model"]:
+        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
+            x = block(x, cache, layer)
+        return x
+
+    def logits(self, model: nn.Module, features: Float[Tensor, "b n d_model"]) -> Float[Tensor, "b n vocab"]:
+        if model.head is None:
+            return F.linear(features, dense_weight(model.embedding))
+        return model.head(features)  # type: ignore[operator]
+
+
+@stored
 class GPT(nn.Module):
-    """Tokens in, logits out; `kv` makes its caches and `decoding` generates, so chapters replace either."""
+    """Tokens in, logits out; `kv` makes its caches, `running` runs its blocks, `decoding` generates, so chapters replace
+    any of them."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -98,6 +114,7 @@ class GPT(nn.Module):
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.rope = Rope(c.head_dim, c.rope_theta)
         self.kv = Concatenating()
+        self.running = InOrder()
         self.decoding = Autoregressive()
         self.apply(self._initialize)
 
@@ -123,12 +140,10 @@ class GPT(nn.Module):
             raise ValueError("this cache was made by another model; make one with new_cache of the model that reads it")
         x = self.embedding(ids)
         cache.advance(ids.shape[1], parents, device=ids.device, dtype=x.dtype)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
-        return self.norm(x)
+        return self.norm(self.running(self, x, cache))
 
     def logits(self, features: Float[Tensor, "b n d_model"]) -> Float[Tensor, "b n vocab"]:
-        return F.linear(features, dense_weight(self.embedding)) if self.head is None else self.head(features)
+        return self.running.logits(self, features)
 
     def new_cache(self, *, capacity: int) -> Cache:
         """An empty cache for texts of up to `capacity` tokens."""

@@ -1,0 +1,299 @@
+"""The fused blocks compute what the blocks compute, and the same bits however many tokens pass at once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import effkit
+from effkit.caching import Fused, Preallocated, fused
+from effkit.caching.fused import FEW, FusedCache, Fusing, kernels
+from effkit.caching.kv import PreallocatedCache
+from effkit.core import native
+from effkit.core.generation import ConcatCache, Sampler
+from effkit.core.task import Task
+from effkit.pruning import Magnitude
+from effkit.quantization import RTN
+from tests.caching import laws
+from tests.caching.decoders import chunked, decoder, text
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
+pytestmark = needs_compiler
+NARROW = st.sampled_from([torch.float32, torch.bfloat16])
+shapes = st.fixed_dictionaries(
+    dict(heads=st.sampled_from([2, 4]), kv_heads=st.sampled_from([1, 2]), head_dim=st.sampled_from([2, 6, 16, 32, 40]),
+         d_model=st.sampled_from([16, 33, 70]), d_ff=st.sampled_from([8, 37, 96]), tied=st.booleans())
+)  # fmt: skip
+
+
+def close(seen: torch.Tensor, wanted: torch.Tensor) -> bool:
+    limit = {torch.float32: 1e-5, torch.bfloat16: 0.04}[wanted.dtype] * wanted.abs().max().item()
+    return (seen - wanted).abs().max().item() <= limit
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a block went through the kernels."""
+    made = []
+    right = fused.pass_block
+    monkeypatch.setattr(fused, "pass_block", lambda *args: made.append(1) or right(*args))
+    return made
+
+
+@torch.no_grad()
+def computes_what_the_blocks_compute(length=20, sizes=(4, 1, 3), rows=1, dtype=torch.float32, **shape):
+    model, ids = decoder(dtype=dtype, sharpness=4.0, **shape), text(length, rows=rows)
+    quick, plain = Fused()(model), Preallocated()(model)
+    made = [chunked(m, m.new_cache(capacity=length), ids, sizes) for m in (quick, plain)]
+    assert close(*made)
+
+
+@settings(max_examples=40)
+@given(length=st.integers(1, 30), sizes=st.lists(st.integers(1, 9), max_size=5), rows=st.integers(1, 3), dtype=NARROW, shape=shapes)
+def test_computes_what_the_blocks_compute(length, sizes, rows, dtype, shape):
+    computes_what_the_blocks_compute(length, sizes, rows, dtype, **shape)
+
+
+@torch.no_grad()
+def a_block_is_its_tokens_one_by_one(length=24, sizes=(4, 1, 3), dtype=torch.bfloat16, **shape):
+    """To the last bit."""
+    model, ids = Fused()(decoder(dtype=dtype, sharpness=4.0, **shape)), text(length)
+    one, several = (chunked(model, model.new_cache(capacity=length), ids, s) for s in ([1] * length, sizes))
+    assert torch.equal(one, several)
+
+
+@settings(max_examples=40)
+@given(length=st.integers(1, 32), sizes=st.lists(st.integers(1, 17), max_size=5), dtype=NARROW, shape=shapes)
+def test_a_block_is_its_tokens_one_by_one_to_the_last_bit(length, sizes, dtype, shape):
+    a_block_is_its_tokens_one_by_one(length, sizes, dtype, **shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_of_a_tree_is_its_line_to_the_last_bit(dtype):
+    model, before, tokens, parents = Fused()(decoder(dtype=dtype)), text(5), text(6, seed=2), [-1, 0, 0, 2, -1, 4]
+    cache = model.new_cache(capacity=20)
+    for way in laws.branches(parents):
+        cache.truncate(0)
+        chunked(model, cache, before, [])
+        seen = model(tokens, cache, torch.tensor(parents))[:, way]
+        line = model.new_cache(capacity=20)
+        wanted = chunked(model, line, torch.cat((before, tokens[:, way]), 1), [5] + [1] * len(way))[:, 5:]
+        assert torch.equal(seen, wanted)
+
+
+@torch.no_grad()
+def test_threads_change_no_bit():
+    model, ids, made = Fused()(decoder(dtype=torch.float32, d_model=64, d_ff=130)), text(20), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(chunked(model, model.new_cache(capacity=20), ids, [3, 1]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def fusing(kind):
+    """A maker of caches for the laws, whose model runs fused from then on."""
+
+    def maker(model, capacity):
+        model.running = Fusing()
+        return kind(model, capacity)
+
+    return maker
+
+
+MAKERS = {
+    "fused": fusing(lambda model, capacity: FusedCache(model.rope, capacity)),
+    "preallocated": fusing(lambda model, capacity: PreallocatedCache(model.rope, capacity)),
+    "concatenated": fusing(lambda model, capacity: ConcatCache(model.rope)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_over_every_cache_the_laws_hold(kind, calls):
+    laws.equals_recomputed(MAKERS[kind], dtype=torch.float32)
+    laws.taken_back_leaves_no_trace(MAKERS[kind], dtype=torch.float32)
+    laws.a_tree_says_what_its_branches_say(MAKERS[kind], dtype=torch.float32)
+    if kind != "concatenated":
+        laws.rows_of_unequal_length_equal_one_by_one(MAKERS[kind], dtype=torch.float32)
+    assert calls
+
+
+def test_greedy_text_is_the_blocks_text():
+    model = decoder(dtype=torch.float32)
+    wanted = model.generate(text(4), 40, temperature=0.0)
+    assert torch.equal(Fused()(model).generate(text(4), 40, temperature=0.0), wanted)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_trained_model_says_the_same(calls):
+    model, ids = effkit.load(effkit.core.paths.data_dir() / "gpt-small.safetensors").float(), text(200, vocab=1000)
+    quick = Fused()(model)
+    seen = chunked(quick, quick.new_cache(capacity=200), ids, [170, 1, 7, 9, 1])
+    assert close(seen, model(ids)) and len(calls) == 5 * len(model.blocks)  # all but the first chunk
+
+
+# what the kernels do not do is done in order
+
+
+def hooked(model):
+    model.blocks[1].ff.up.register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+def with_bias(model):
+    old = model.blocks[0].attention.q
+    model.blocks[0].attention.q = nn.Linear(old.in_features, old.out_features, dtype=old.weight.dtype)
+    return model
+
+
+IN_ORDER = {
+    "a hook": hooked,
+    "a bias": with_bias,
+    "packed weights": lambda model: RTN(bits=4, group_size=16)(model, Task("none")),
+    "a mask": lambda model: Magnitude(0.5)(model, Task("none")),
+    "double precision": lambda model: model.double(),
+    "another kind of norm": lambda model: setattr(model.blocks[0], "ff_norm", nn.LayerNorm(16)) or model,
+    "weights in another order": lambda model: setattr(model.blocks[0].ff.up.weight, "data", model.blocks[0].ff.up.weight.data.t().contiguous().t()) or model,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", IN_ORDER)
+def test_anything_else_runs_in_order(kind, calls):
+    model, ids = IN_ORDER[kind](decoder(dtype=torch.float32)), text(5)
+    quick = Fused()(model)
+    seen = chunked(quick, quick.new_cache(capacity=5), ids, [3, 1])
+    assert torch.allclose(seen, chunked(model, model.new_cache(capacity=5), ids, [3, 1]), rtol=1e-5, atol=1e-5)
+    assert not calls
+
+
+def test_gradients_and_many_tokens_run_in_order(calls):
+    model = Fused()(decoder(dtype=torch.float32))
+    model(text(5)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        model(text(FEW + 1))
+        model(text(FEW // 2 + 1, rows=2))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(text(5))
+    assert not calls
+    with torch.no_grad():
+        model(text(FEW // 2, rows=2))
+    assert len(calls) == len(model.blocks)
+
+
+def test_a_hooked_output_layer_is_called():
+    model = Fused()(decoder(dtype=torch.float32, tied=False))
+    model.head.register_forward_hook(lambda module, args, out: out * 0)
+    with torch.no_grad():
+        assert not model(text(3)).any()
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, calls):
+    monkeypatch.setenv("EFFKIT_NO_COMPILER", "1")
+    model = decoder(dtype=torch.float32)
+    quick = Fused()(model)
+    assert "there is no C compiler" in str(effkit.log(quick))
+    assert torch.equal(quick.generate(text(3), 5, temperature=0.0), model.generate(text(3), 5, temperature=0.0)) and not calls
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_so():
+    model = Fused()(decoder(dtype=torch.float32))
+    model.embedding.weight[3] = torch.nan
+    assert model(torch.tensor([[3]])).isnan().all()
+    cache = model.new_cache(capacity=9)
+    assert model(torch.tensor([[1, 2]]), cache).isfinite()[..., :3].all() and model(torch.tensor([[3, 1]]), cache)[:, :, 5].isnan().all()
+
+
+@torch.no_grad()
+def test_what_a_mask_hides_may_be_anything():
+    model = Fused()(decoder(dtype=torch.float32))
+    cache = model.new_cache(capacity=9)
+    model(torch.tensor([[1, 2, 4, 5]]), cache)
+    cache.buffers[0][:, :, :, 3] = torch.inf  # a token that is taken back
+    cache.truncate(3)
+    assert model(torch.tensor([[6]]), cache).isfinite().all()
+
+
+def test_a_decoder_of_another_make_is_refused():
+    class Other(nn.Module):
+        new_cache = generate = kv = decoding = None
+
+    with pytest.raises(ValueError, match="Fused needs a decoder that lets its blocks be run, as GPT does; Other does not"):
+        Fused()(Other(), Task("none"))
+
+
+def test_the_input_is_left_as_it_is():
+    model, x = Fused()(decoder(dtype=torch.float32)), torch.randn(1, 3, 16)
+    before = x.clone()
+    with torch.no_grad():
+        cache = model.new_cache(capacity=3)
+        cache.advance(3, dtype=x.dtype)
+        model.running(model, x, cache)
+    assert torch.equal(x, before)
+
+
+# planted bugs, in the C source
+
+
+BUGS = {
+    "a query sees one token too many": ("j > held + i", "j > held + i + 1"),
+    "scores not scaled": ("query[c] /= sqrtf((float)d), sum[c] = 0", "sum[c] = 0"),
+    "keys not rotated": ("put(keys, at + c, scratch[c], half)", "put(keys, at + c, key[c], half)"),
+    "heads of another group": ("h / (heads / groups)", "h % groups"),
+    "no residual": ("x[i] += added[i];\n            normalize", "x[i] = added[i];\n            normalize"),
+    "gate for up": ("product_in(up, hidden", "product_in(gate, hidden"),
+    "a tail forgotten": ("+ rest;", ";"),
+    "the last row forgotten": ("rows1(w, r, half, x, n, tokens, y + r, wide);", ";"),
+    "epsilon forgotten": ("squares / n + eps", "squares / n"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_the_kernels_is_noticed(name, monkeypatch):
+    old, new = BUGS[name]
+    source = fused._SOURCE.read_text()
+    assert old in source
+    monkeypatch.setattr(fused, "_SOURCE", source.replace(old, new))
+    with pytest.raises(AssertionError):
+        computes_what_the_blocks_compute(d_model=35, d_ff=37, head_dim=6)
+        computes_what_the_blocks_compute(d_model=35, d_ff=37, head_dim=6, norm_eps=1.0)
+
+
+def test_a_sum_that_depends_on_the_number_of_tokens_is_noticed(monkeypatch):
+    source = fused._SOURCE.read_text()
+    changed = source.replace("tile##R##4(w, r * n, 0", "tile##R##4_other(w, r * n, 0").replace("ROWS(1)", OTHER + "ROWS(1)")
+    assert changed.count("_other") == 4
+    monkeypatch.setattr(fused, "_SOURCE", changed)
+    with pytest.raises(AssertionError):
+        a_block_is_its_tokens_one_by_one(dtype=torch.float32, d_model=70, head_dim=6)
+
+
+OTHER = """
+static void tile14_other(const void *w, long at, int half, const float *x, long n, float *y, long wide) {
+    for (int t = 0; t < 4; t++) {
+        y[t * wide] = 0;
+        for (long i = 0; i < n; i++) y[t * wide] += number(w, at + i, half) * x[t * n + i];
+    }
+}
+static void tile24_other(const void *w, long at, int half, const float *x, long n, float *y, long wide) {
+    for (int r = 0; r < 2; r++) tile14_other(w, at + r * n, half, x, n, y + r, wide);
+}
+"""
+
+
+def test_kernels_are_compiled_once():
+    assert kernels() is kernels()
+
+
+def test_sampling_draws_from_the_same_distribution():
+    model = decoder(dtype=torch.float32)
+    draws = [m.generate(text(4), 20, sampler=Sampler(0.8), rng=torch.Generator().manual_seed(3)) for m in (model, Fused()(model))]
+    assert torch.equal(*draws)
