@@ -1,5 +1,6 @@
 """The files that describe the project agree with each other, and with what a fresh machine needs."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from packaging.version import Version
 from effkit import stages
 
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOR_CPU = "https://download.pytorch.org/whl/cpu"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS.values()) for line in group]
@@ -75,29 +79,84 @@ def test_environment_agrees_with_pyproject():
     )
     python = next(line.removeprefix("python=") for line in conda if line.startswith("python="))
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
-    assert by_pip == {"pip": ["-c requirements.lock", f"-e .[{','.join(EXTRAS)}]"]}
+    assert by_pip == {"pip": [f"--extra-index-url {FOR_CPU}", "-c requirements.lock", f"-e .[{','.join(EXTRAS)}]"]}
 
 
-@pytest.mark.parametrize("page", ["README.md", "environment.yml"])
-def test_the_way_around_cuda_names_the_locked_versions_and_the_official_index(page):
-    (command,) = re.findall(r"pip install (torch==.*)", (ROOT / page).read_text(encoding="utf-8"))
-    pins = f"torch=={locked()['torch']} torchvision=={locked()['torchvision']}"
-    assert command == f"{pins} --index-url https://download.pytorch.org/whl/cpu"
+def test_the_way_around_cuda_is_pytorchs_own_index():
+    """Of one version, pip takes the build with a local label for the newer (PEP 440), and the lock has room for it."""
+    built_for_cpu = Version(f"{locked()['torch']}+cpu")
+    assert built_for_cpu > locked()["torch"] and built_for_cpu in Requirement(f"torch=={locked()['torch']}").specifier
+    assert f" {built_for_cpu}," in (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert f"\nPIP_EXTRA_INDEX_URL={FOR_CPU} make tour\n" in README
 
 
-def test_conda_by_hand_installs_what_the_file_does():
-    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
-    *conda, by_pip = yaml.safe_load(text)["dependencies"]
-    assert f"# conda create -n effkit -c conda-forge {' '.join(conda)} &&" in re.sub(" +", " ", text)
-    constraint, project = (line.split(maxsplit=1) for line in by_pip["pip"])
-    assert f"pip install {' '.join(constraint)} {project[0]} '{project[1]}'" in text
+def test_pip_takes_the_build_for_the_cpu(tmp_path):
+    """As environment.yml asks for it, from two indexes that each have a torch of the locked version."""
+    pytest.importorskip("pip", reason="an environment that was made without pip")
+    for index, version in (("pypi", f"{locked()['torch']}"), ("cpu", f"{locked()['torch']}+cpu")):
+        folder, wheel = tmp_path / index / "torch", f"torch-{version}-py3-none-any.whl"
+        folder.mkdir(parents=True)
+        with zipfile.ZipFile(folder / wheel, "w") as made:
+            made.writestr(f"torch-{version}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+            made.writestr(f"torch-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        (folder / "index.html").write_text(f'<!DOCTYPE html><a href="{wheel.replace("+", "%2B")}">{wheel}</a>')
+    (tmp_path / "asked.txt").write_text(f"--extra-index-url {(tmp_path / 'cpu').as_uri()}\n-c {ROOT / 'requirements.lock'}\ntorch\n")
+    asked = ["download", "--no-deps", "-q", "--index-url", (tmp_path / "pypi").as_uri(), "-r", tmp_path / "asked.txt", "-d", tmp_path / "got"]
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")} | {"PIP_CONFIG_FILE": os.devnull}
+    run = subprocess.run([sys.executable, "-m", "pip", *asked], env=alone, capture_output=True, text=True)
+    assert [wheel.name for wheel in (tmp_path / "got").glob("*")] == [f"torch-{locked()['torch']}+cpu-py3-none-any.whl"], run.stderr
+
+
+def test_the_readme_is_read_in_three_minutes():
+    """At 250 words a minute, its tables and commands among them."""
+    assert len(re.findall(r"\w\S*", README)) <= 750
+
+
+def cells(number: str) -> list[str]:
+    """The source of each cell of a notebook."""
+    (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+
+def test_the_readmes_minutes_are_the_notebooks_own():
+    for number, minutes in re.findall(r"^\| (\d\d) \|.*\| (\d+) \|$", README, re.MULTILINE):
+        assert f"About {minutes} minutes" in cells(number)[0], number
+    assert len(re.findall(r"^\| \d\d \|", README, re.MULTILINE)) == len([*(ROOT / "notebooks").glob("[0-9]*.ipynb")])
+
+
+def test_the_workshop_has_no_gap_and_names_sections_that_are_there():
+    plan = re.findall(r"^\| (\d:\d\d) - (\d:\d\d) \| (.*) \|$", README, re.MULTILINE)
+    starts, ends, rows = zip(*plan, strict=True)
+    assert starts[0] == "0:00" and starts[1:] == ends[:-1] and ends[-1] < "4:00"
+    named = [(number, re.findall(r"\*([^*]+)\*", row)) for row in rows for number in re.findall(r"^(\d\d):", row)]
+    named += [(number, ["Now on your own model"]) for row in rows if " or " in row for number in re.findall(r"\d\d", row)]
+    assert len(named) == 5
+    for number, sections in named:
+        headings = re.findall(r"^## (.*)$", "\n".join(cells(number)), re.MULTILINE)
+        assert sections == [h for h in headings if h in sections], f"{number} has {headings}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_commands_that_a_page_names_exist(page):
+    """With their options."""
+    from typer.main import get_command
+
+    from effkit.cli import app
+
+    text, commands = (ROOT / page).read_text(encoding="utf-8"), get_command(app).commands
+    for name, rest in re.findall(r"(?:`|-m )effkit ([a-z]+)([^`\n]*)", text):
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, name
+    rules = re.findall(r"^([a-z ]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
+    assert set(re.findall(r"(?:^|`|cpu )make ([a-z]+)", text, re.MULTILINE)) <= targets
 
 
 def test_the_readmes_example_trains_for_seconds():
     """An epoch of the standard library has 748 steps."""
     import effkit
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (technique,) = re.findall(r"small = (.*)\(model, task\)", code)
     made = eval(technique, {"effkit": effkit})
     assert 0 < made.steps[-1].steps <= 50
