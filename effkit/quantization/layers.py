@@ -67,9 +67,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
         wanted = torch.is_grad_enabled() and x.requires_grad
         y = Unpacked.apply(x, self.weight_store) if wanted else self.weight_store.matvec(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # what comes in decides, however many tokens there are
         if y is None:
-            return F.linear(x, self.weight_store().to(x.dtype), self.bias)
-        return y if self.bias is None else y + self.bias
+            return F.linear(x, self.weight_store().to(x.dtype), bias)
+        return y if bias is None else y + bias
 
 
 class Unpacked(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What is stored, what is computed, and that both agree: packed against simulated, integer against an independent emulation."""
+"""Layers over rounded weights: integer products against an independent emulation, training through the rounding, gradients."""
 
 import copy
 
@@ -10,98 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from effkit.core import native
-from effkit.core.calibration import Statistics
 from effkit.core.task import Batches, Task
-from effkit.quantization import AWQ, GPTQ, QAT, RTN, W8A8, integer, packed, qat
+from effkit.quantization import QAT, RTN, W8A8, integer, qat
 from effkit.quantization.integer import Int8Linear, int8_product, to_int8
-from effkit.quantization.packed import PackedWeight
 from effkit.quantization.qat import fake_quantize
 from tests.subjects import image_task, mlp
 
 SETTINGS = dict(bits=4, group_size=32, symmetric=False, search="min-max")
 sizes = st.integers(1, 100)
-
-
-@settings(max_examples=30)
-@given(sizes, sizes, st.sampled_from([2, 3, 4, 5, 8]), st.sampled_from([-1, 0, 1, 5, 32]), st.booleans())
-def test_packed_and_simulated_agree(rows, columns, bits, group_size, symmetric):
-    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 101 + columns))
-    packed = PackedWeight.from_float(w, bits=bits, group_size=group_size, symmetric=symmetric, search="min-max")
-    assert torch.equal(
-        packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric).float().nan_to_num()
-    ) or torch.allclose(packed(), fake_quantize(w, bits=bits, group_size=group_size, symmetric=symmetric), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "bits, group_size, symmetric, expected",
-    [(4, 32, False, 4 + 24 / 32), (4, 32, True, 4.5), (3, 64, False, 3 + 24 / 64), (8, -1, True, 8 + 16 / 512)],
-)
-def test_bits_per_weight_count_every_byte_held(bits, group_size, symmetric, expected):
-    packed = PackedWeight.from_float(
-        torch.randn(64, 512), bits=bits, group_size=group_size, symmetric=symmetric, search="min-max"
-    )
-    assert packed.bits_per_weight() == pytest.approx(expected)
-
-
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (300, 576), (512, 2048)])
-@pytest.mark.parametrize(
-    ("before", "flags"),
-    [("", native.FLAGS), ("#undef __AVX512VNNI__\n#undef __AVXVNNI__\n", native.FLAGS),
-     ("/* exact division */\n", tuple(flag for flag in native.FLAGS if flag not in native.MATH))],
-    ids=["as here", "without byte products", "without rewritten arithmetic"],
-)  # fmt: skip
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_the_native_kernel_equals_unpacking(monkeypatch, before, flags, rows, columns, symmetric, tokens):
-    monkeypatch.setattr(native, "FLAGS", flags)
-    monkeypatch.setattr(packed, "_SOURCE", before + packed._SOURCE.read_text())
-    layer = RTN(**{**SETTINGS, "symmetric": symmetric}).replacement(nn.Linear(columns, rows))
-    x = torch.randn(1, tokens, columns)
-    with torch.no_grad():
-        assert layer.weight_store.matvec(x) is not None, "the kernel should apply here"
-        exact = F.linear(x.double(), layer.dense_weight().double(), layer.bias.double())
-        assert (layer(x) - exact).abs().max() <= 1e-5 * exact.abs().max() + 1e-5
-
-
-def test_the_kernel_takes_only_what_it_can_read():
-    """It is told how many rows and columns there are, and believes it."""
-    layer = RTN().replacement(nn.Linear(96, 40, bias=False))
-    for shape in ((2, 48), (96, 1), (1, 3072), (packed.FEW + 1, 96), (0, 96)):
-        assert layer.weight_store.matvec(torch.randn(shape)) is None
-    assert layer.weight_store.matvec(torch.ones(2, 96, dtype=torch.long)) is None
-    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
-        layer(torch.randn(2, 48))
-
-
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
-@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-60, 2.0**60])
-def test_tiny_and_huge_inputs_of_the_kernel(factor):
-    layer, x = RTN().replacement(nn.Linear(96, 24, bias=False)), torch.randn(packed.FEW, 96)
-    y, exact = layer.weight_store.matvec(x * factor), x * factor @ layer.dense_weight().T
-    assert y is not None and (y - exact).abs().max() <= max(1e-5 * exact.abs().max(), 1e-28)
-    assert torch.allclose(layer.weight_store.matvec(x.t().contiguous().t()), x @ layer.dense_weight().T, atol=1e-5)
-
-
-@pytest.mark.skipif(native.compiler() is None, reason="no C compiler")
-@pytest.mark.parametrize("technique", [RTN(), RTN(search="least-squares"), AWQ(), GPTQ(), GPTQ(search="least-squares")], ids=repr)
-def test_however_a_grid_was_found_the_kernel_reads_it(technique):
-    """Searches leave scales transposed in memory; a kernel that trusts their order once read other groups' scales."""
-    layer, x = nn.Linear(96, 24, bias=False), torch.randn(64, 96)
-    store = technique.store(layer.weight.detach(), Statistics(x.T @ x, x.abs().amax(0), len(x)))
-    y = store.matvec(x[:3])
-    assert y is not None and torch.allclose(y, x[:3] @ store().T, atol=1e-5)
-
-
-def test_without_a_compiler_everything_falls_back(monkeypatch):
-    layer = RTN(**SETTINGS).replacement(nn.Linear(64, 16))
-    x = torch.randn(1, 64)
-    with torch.no_grad():
-        before = layer(x)
-        monkeypatch.setenv("EFFKIT_NO_COMPILER", "1")
-        assert layer.weight_store.matvec(x) is None and "compiler" in native.why_not(packed._SOURCE)
-        assert torch.allclose(layer(x), before, atol=1e-5)
 
 
 @settings(max_examples=25)
