@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effkit import log
+from effkit.core import native
 from effkit.core.surgery import dense_weight
 from effkit.core.task import Batches, Task
 from effkit.quantization import (
@@ -33,6 +34,7 @@ from effkit.quantization import (
 from effkit.quantization.inputs import InputGrid, RoundedLinear
 from effkit.quantization.integer_only import OBSERVERS, REAL_ZERO
 from effkit.quantization.lsq import LearnedWeightStep
+from effkit.quantization.packed import PackedWeight
 from effkit.zoo.tasks import classification_loss, correct
 from tests.subjects import outputs
 
@@ -57,13 +59,14 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def task(inputs: int = 12, outputs: int = 4, n: int = 32) -> Task:
+def task(inputs: int = 32, outputs: int = 4, n: int = 32) -> Task:
     labels = torch.randint(outputs, (n,), generator=torch.Generator().manual_seed(1))
     data = Batches(drawn(n, inputs, seed=2), labels, size=8)
     return Task("toy", (data.inputs[:4],), data, data, data, data, classification_loss, correct)
 
 
-def model(inputs: int = 12, hidden: int = 16, outputs: int = 4) -> nn.Sequential:
+def model(inputs: int = 32, hidden: int = 64, outputs: int = 4) -> nn.Sequential:
+    """Of widths that the int4 kernel takes."""
     net = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)).eval()
     with torch.no_grad():
         for seed, layer in enumerate((net[0], net[2])):
@@ -86,7 +89,7 @@ class Idle(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.used, self.spare = model(), nn.Linear(12, 4)
+        self.used, self.spare = model(), nn.Linear(32, 4)
 
     def forward(self, x):
         return self.used(x)
@@ -130,6 +133,29 @@ def test_weights_that_are_no_numbers_are_refused_by_name(technique, value):
 
 
 # activations that are no numbers, once the model runs
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C compiler (cc, gcc, clang): the int4 kernel falls back")
+@over((RTN(), RTN(symmetric=True), GPTQ(), AWQ(), QAT()))
+def test_the_int4_kernel_runs_in_these_models(technique, monkeypatch):
+    """Or the tests below would say nothing of it."""
+    result, plain, taken = technique(model(), task()), PackedWeight.matvec, []
+    monkeypatch.setattr(PackedWeight, "matvec", lambda store, x: taken.append(plain(store, x)) or taken[-1])
+    with torch.no_grad():
+        result(task().example[0])
+    assert len(taken) == 2 and all(y is not None for y in taken)
+
+
+@over(WEIGHTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_layer_sends_what_is_no_number_where_its_dense_weight_would(technique, value):
+    result, x = technique(nn.Sequential(model()[0]).eval(), task(outputs=64)), task().example[0].clone()
+    x[1, 3], x[2, 5] = value, -value
+    with torch.no_grad():
+        ours, floats = result(x), x.double() @ dense_weight(result[0]).double().T
+    assert not floats[1:3].isfinite().any() and ours[[0, 3]].isfinite().all()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(ours), kind(floats))
 
 
 @over(EVERY)
