@@ -332,3 +332,20 @@ def test_without_a_compiler_everything_falls_back(monkeypatch):
         monkeypatch.setenv("EFFKIT_NO_COMPILER", "1")
         assert layer.weight_store.matvec(x) is None and "compiler" in native.why_not(packed._SOURCE)
         assert torch.allclose(layer(x), before, atol=1e-5)
+
+
+# planted bugs
+
+
+@compiles
+def test_two_totals_of_floats_are_caught(monkeypatch):
+    """What stood here once: the zero point's part apart, a sum of the whole row, subtracted in the end."""
+    right, source = "(byte[i] >> 4) - zero)", BUILDS["without byte products"][0] + packed._SOURCE.read_text()
+    wrong = "(byte[i] >> 4)); first = byte[i] & 15; total -= s * zero * (at[i] + at[16 + i])"
+    assert source.count(right) == 1
+    monkeypatch.setattr(packed, "_SOURCE", source.replace(right, wrong))
+    test_wherever_inputs_lie_the_kernel_loses_no_more_than_twice_what_floats_do(None, 0.0, 1024, False)
+    with pytest.raises(AssertionError):
+        test_wherever_inputs_lie_the_kernel_loses_no_more_than_twice_what_floats_do(None, 10.0, 1024, False)
+    with pytest.raises(AssertionError):
+        test_infinity_and_nan_come_out_where_a_product_of_floats_has_them(None, {3: torch.inf}, False)
