@@ -99,8 +99,7 @@ class Cache:
 
     def move(self, start: int, index: Int[Tensor, " k"]) -> None:
         """Brings the tokens in slots start + index to the slots from start on; what lies behind them is forgotten."""
-        how = "cannot keep a branch of a token tree: generate with proposals in one line, or with another cache"
-        raise ValueError(f"{type(self).__name__} {how}")
+        raise ValueError(f"{type(self).__name__} cannot keep a branch of a token tree: generate with proposals in one line, or another cache")
 
     def nbytes(self) -> int:
         """Bytes held for keys and values."""
@@ -260,6 +259,7 @@ def generate(
     stops = stop_tensor(stop, ids.device)
     cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens)  # type: ignore[operator]
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    read_prompt(model, ids, cache)
     for _ in range(max_new_tokens):
         token = sampler.draw(model(ids[:, cache.length :], cache)[:, -1], rng)
         token = torch.where(done, ids[:, -1], token)
@@ -268,6 +268,17 @@ def generate(
         if done.all():
             break
     return ids
+
+
+def read_prompt(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Float[Tensor, "b n-1 d"] | None:
+    """Feeds the prompt but for its last token, which the first step of writing is fed; so all steps are alike, and the
+    prompt's logits, which nobody asks for, are not computed. Returns its features where the model offers them."""
+    if ids.shape[1] == 1 or isinstance(cache, NoCache):
+        return None
+    if not hasattr(model, "features"):
+        model(ids[:, :-1], cache)
+        return None
+    return model.features(ids[:, :-1], cache)  # type: ignore[operator]
 
 
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:

@@ -1,8 +1,9 @@
 """Chapter 08. Speculative decoding: guess cheaply, verify at once, and keep the distribution.
 
-speculate    draft and verify with exact rejection sampling; Speculative, speculative_generate
+verify       what stays of a proposal: rejection sampling, in a line and in a tree
+speculate    draft and verify; Speculative, speculative_generate
 draft        what is asked of a draft, what it shares with the target
-law          tokens a pass, speed-up, the best gamma
+law          tokens a pass, speed-up, the best gamma, and one that adapts
 lookup       PromptLookup: the text's own repetitions as draft
 self_draft   EarlyExit: the target's first layers as draft
 """

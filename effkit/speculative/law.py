@@ -54,6 +54,35 @@ class Pass:
     tokens: Int[Tensor, " m"]
 
 
+class Adaptive:
+    """Chooses gamma anew before each pass, from how often proposals were accepted of late.
+
+    most, cost, verification   as in best_gamma;  memory   what a pass still counts after the next one
+
+    Where nothing is proposed nothing is learned, so what was learned is forgotten: alpha goes back to 1/2, and after a
+    while it tries again.
+    """
+
+    def __init__(self, most: int, cost: float, verification: Callable[[int], float] = one, *, memory: float = 0.9):
+        require_int("most", most, 1)
+        require_float("cost", cost, 0.0)
+        require_float("memory", memory, 0.0, 1.0, open_high=True)
+        self.most, self.cost, self.verification, self.memory = most, cost, verification, memory
+        self.accepted = self.tested = 0.0
+
+    @property
+    def alpha(self) -> float:
+        """The estimated chance of acceptance, beginning at 1/2."""
+        return (self.accepted + 1) / (self.tested + 2)
+
+    def choose(self) -> int:
+        return best_gamma(self.alpha, self.cost, self.verification, most=self.most)
+
+    def observe(self, step: Pass) -> None:
+        self.accepted = self.memory * self.accepted + step.accepted
+        self.tested = self.memory * self.tested + min(step.accepted + 1, step.proposed)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Sums over passes. Tokens after a rejection are never tested, so the acceptance rate leaves them out."""

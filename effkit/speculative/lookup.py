@@ -9,7 +9,6 @@ Cost      A comparison of integers. Where nothing repeats, nothing is proposed, 
 Source    Yang et al. 2023, arXiv:2304.04487.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 
 from effkit.core.checkpoint import stored
 from effkit.core.checks import require_int
-from effkit.core.generation import check_prompt
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
-from effkit.speculative.speculate import Pass, Proposer, check_speculation, each_row, joined, speculate
+from effkit.speculative.speculate import Proposer, Proposing
+from effkit.speculative.verify import Proposal
 
 
 def lookup(text: Int[Tensor, " n"], most: int, *, ngram: int) -> Int[Tensor, " k"]:
@@ -39,23 +38,26 @@ def lookup(text: Int[Tensor, " n"], most: int, *, ngram: int) -> Int[Tensor, " k
     return text[:0]
 
 
+@dataclass
+class Lookup(Proposer):
+    """Proposes what followed the last tokens before."""
+
+    ngram: int
+
+    def __call__(self, ids, most, sampler, rng):
+        return Proposal(lookup(ids[0], most, ngram=self.ngram))
+
+
 @stored
-class LookupDecoding(nn.Module):
-    """As a decoder's `decoding`: proposes what the text itself said before."""
+class LookupDecoding(Proposing):
+    """With what the text itself said before."""
 
     def __init__(self, gamma: int, ngram: int):
-        super().__init__()
-        self.gamma, self.ngram = gamma, ngram
+        super().__init__(gamma)
+        self.ngram = ngram
 
-    def forward(self, model: nn.Module, ids: Int[Tensor, "b n"], max_new_tokens: int, **settings) -> Int[Tensor, "b m"]:
-        check_prompt(model, ids, max_new_tokens)
-        return each_row(ids, lambda row: joined(row, self.passes(model, row, max_new_tokens, **settings)))
-
-    def passes(self, model: nn.Module, ids: Int[Tensor, "1 n"], max_new_tokens: int, **settings) -> Iterator[Pass]:
-        """Pass by pass, for `statistics`."""
-        check_speculation(model, ids, max_new_tokens, self.gamma)
-        propose: Proposer = lambda ids, most, sampler, rng: (lookup(ids[0], most, ngram=self.ngram), None)  # noqa: E731
-        return speculate(model, propose, ids, max_new_tokens, gamma=self.gamma, **settings)
+    def proposer(self, model: nn.Module, capacity: int) -> Proposer:
+        return Lookup(self.ngram)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,13 @@
 """Speculative decoding: a cheap draft proposes, the target verifies, and the text is the target's own.
 
 Problem   A decoder reads all its weights to write one token, and verifying several costs hardly more than writing one.
-Idea      Let something cheap propose gamma tokens; run the target over all of them at once. It gives p at every place.
-          Accept the proposed x, drawn from q, with probability min(1, p(x) / q(x)); at the first rejection draw from
-          what is left of p, the residual max(p - q, 0), renormalized, and drop the rest; if all are accepted, the
-          target's last distribution gives one token more.
-Exact     x comes out with probability q(x) min(1, p(x) / q(x)) = min(p(x), q(x)) by acceptance. A rejection happens
-          with probability 1 - sum min(p, q), which is just the mass of max(p - q, 0), so that the residual adds
-          max(p(x) - q(x), 0). The sum of both is p(x), for every q: a bad draft costs time, never quality.
+Idea      Let something cheap propose gamma tokens; run the target over all of them at once. It gives p at every place,
+          and verify.py says which of them stay; if all do, the target's last distribution gives one token more.
+Exact     For every draft the text has the target's distribution: the proof stands in verify.py.
 Cost      gamma passes of the draft for each of the target, and a draft's memory, less what it shares with the target.
           Where a pass over gamma + 1 tokens is not nearly as cheap as over one, it loses: law.py.
-Left out  Trees of proposals (Miao et al. 2023, arXiv:2305.09781); several texts in one pass: rows run one by one.
-Source    Leviathan et al. 2022, arXiv:2211.17192, algorithm 1 and appendix A.1; Chen et al. 2023, arXiv:2302.01318,
-          algorithm 2.
+Left out  Several texts in one pass: rows run one by one.
+Source    Leviathan et al. 2022, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318, algorithm 2.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,84 +16,101 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effkit.core.checkpoint import stored
-from effkit.core.checks import require_int
-from effkit.core.generation import Autoregressive, Sampler, check_prompt, sample, stop_tensor
+from effkit.core.checks import require_float, require_int
+from effkit.core.generation import Autoregressive, Cache, Sampler, check_prompt, read_prompt, sample, stop_tensor
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.speculative.draft import check_draft, share, tensor_bytes
-from effkit.speculative.law import Pass
+from effkit.speculative.law import Adaptive, Pass
 from effkit.speculative.self_draft import EarlyExit
-
-#: (ids, how many at most, sampler, rng) -> the proposed tokens, and the distributions they were drawn from, None where
-#: nothing was left to chance
-Proposer = Callable[[Tensor, int, Sampler, torch.Generator | None], tuple[Tensor, Tensor | None]]
-
+from effkit.speculative.verify import Proposal, judge
 
 PLAIN = Sampler()
 
 
-def overlap(p: Float[Tensor, "... vocab"], q: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
-    """sum min(p, q) = 1 - total variation: the chance that a proposal drawn from q is accepted."""
-    return torch.minimum(p, q).sum(-1)
+@dataclass(frozen=True)
+class Seen:
+    """What a pass of the target saw, for those who propose: it was fed the end of the text, then the proposal.
+
+    ids        the text after the pass
+    start      the position of the first token that was fed
+    kept       places, among those that were fed, of the tokens that are now part of the text
+    logits     behind the last token of the text as it was, and behind each proposed one
+    features   the target's state at each token that was fed; None where it has none to offer
+    """
+
+    ids: Int[Tensor, "1 n"]
+    start: int
+    kept: Int[Tensor, " k"]
+    logits: Float[Tensor, "g+1 vocab"]
+    features: Float[Tensor, "f d"] | None
 
 
-def residual(p: Float[Tensor, " vocab"], q: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-    """What p has beyond q, as a distribution; p itself where rounding leaves nothing."""
-    left = (p - q).clamp(min=0)
-    return left / left.sum() if left.sum() > 0 else p
+class Proposer:
+    """Whatever proposes: called once a pass with the text so far and how many tokens are wanted at most."""
 
+    def __call__(self, ids: Int[Tensor, "1 n"], most: int, sampler: Sampler, rng: torch.Generator | None) -> Proposal:
+        raise NotImplementedError
 
-def accepted(chances: Float[Tensor, " g"], rng: torch.Generator | None) -> int:
-    """How many coins in a row come up heads; a chance of 1 or more is certain, one of 0 impossible."""
-    tails = torch.rand(chances.shape, generator=rng, device=chances.device, dtype=chances.dtype) >= chances
-    return int(torch.cat((tails, tails.new_ones(1))).int().argmax())
-
-
-def verify(
-    proposal: Int[Tensor, " g"], p: Float[Tensor, "g+1 vocab"], q: Float[Tensor, "g vocab"], rng: torch.Generator | None
-) -> Int[Tensor, " m"]:
-    """The tokens of one pass, 1 to g + 1: those that are accepted, and one from the target's hand."""
-    places = torch.arange(len(proposal), device=proposal.device)
-    n = accepted(p[places, proposal] / q[places, proposal], rng)
-    last = p[n] if n == len(proposal) else residual(p[n], q[n])
-    return torch.cat((proposal[:n], sample(last, rng)[None]))
+    def observe(self, seen: Seen) -> None:
+        """Told what each pass of the target saw, that over the prompt among them."""
 
 
 @torch.no_grad()
 def speculate(
-    target: nn.Module,
-    propose: Proposer,
-    ids: Int[Tensor, "1 n"],
-    max_new_tokens: int,
-    *,
-    gamma: int = 4,
-    sampler: Sampler = PLAIN,
-    stop: int | Collection[int] | None = None,
-    rng: torch.Generator | None = None,
-) -> Iterator[Pass]:
+    target: nn.Module, propose: Proposer, ids: Int[Tensor, "1 n"], max_new_tokens: int, *, gamma: "int | Adaptive" = 4,
+    sampler: Sampler = PLAIN, stop: int | Collection[int] | None = None, rng: torch.Generator | None = None,
+) -> Iterator[Pass]:  # fmt: skip
     """The passes by which the text grows, one after another, whatever it is that proposes."""
     stops, end = stop_tensor(stop, ids.device), ids.shape[1] + max_new_tokens
     cache = target.new_cache(capacity=end)  # type: ignore[operator]
-    if sampler.temperature == 0:  # nothing is left to chance, so the caller's random state stays as it is
-        rng = torch.Generator(ids.device).manual_seed(0)
+    if (features := read_prompt(target, ids, cache)) is not None:
+        propose.observe(Seen(ids, 0, torch.arange(ids.shape[1] - 1), features.new_empty(0, 0), features[0]))
     while ids.shape[1] < end:
-        proposal, q = propose(ids, min(gamma, end - ids.shape[1] - 1), sampler, rng)
-        cache.truncate(ids.shape[1] - 1)  # takes back what was rejected, and the last token, which is yet to be fed
-        logits = target(torch.cat((ids, proposal[None]), dim=1)[:, cache.length :], cache)
-        p = sampler.probabilities(logits[0, -len(proposal) - 1 :])
-        q = F.one_hot(proposal, p.shape[-1]).to(p.dtype) if q is None else q
-        new = verify(proposal, p, q, rng)
-        step = Pass(len(proposal), len(new) - 1, upto_stop(new, stops))
+        most = gamma if isinstance(gamma, int) else gamma.choose()
+        proposal = propose(ids, min(most, end - ids.shape[1] - 1), sampler, rng)
+        start = cache.length
+        features, logits = look(target, ids, proposal, cache)
+        branch, new = judge(proposal, logits, sampler, rng)
+        kept = forget(cache, ids.shape[1] - start, branch, proposal)
+        step = Pass(len(proposal.tokens), len(branch), upto_stop(new, stops))
         ids = torch.cat((ids, step.tokens[None]), dim=1)
+        propose.observe(Seen(ids, start, kept, logits, features))
+        if isinstance(gamma, Adaptive):
+            gamma.observe(step)
         yield step
         if torch.isin(ids[0, -1], stops):
             return
+
+
+def look(
+    target: nn.Module, ids: Int[Tensor, "1 n"], proposal: Proposal, cache: Cache
+) -> tuple[Float[Tensor, "f d"] | None, Float[Tensor, "g+1 vocab"]]:
+    """One pass of the target over what it has not read of the text, and the proposal."""
+    fed, places = torch.cat((ids, proposal.tokens[None]), dim=1)[:, cache.length :], len(proposal.tokens) + 1
+    tree: tuple[Tensor, ...] = ()
+    if proposal.parents is not None:  # the text is the trunk
+        trunk = fed.shape[1] - places + 1
+        tree = (torch.cat((torch.arange(trunk, device=ids.device) - 1, proposal.parents + trunk)),)
+    if not hasattr(target, "features"):
+        return None, target(fed, cache, *tree)[0, -places:]
+    features = target.features(fed, cache, *tree)  # type: ignore[operator]
+    return features[0], target.logits(features[:, -places:])[0]  # type: ignore[operator]
+
+
+def forget(cache: Cache, trunk: int, branch: list[int], proposal: Proposal) -> Int[Tensor, " k"]:
+    """Takes back what was rejected; returns the places of what stays."""
+    kept = torch.tensor([*range(trunk), *(trunk + place for place in branch)], device=proposal.tokens.device)
+    if proposal.parents is None:
+        cache.truncate(cache.length - len(proposal.tokens) + len(branch))
+    else:
+        cache.keep(kept)
+    return kept
 
 
 def upto_stop(tokens: Int[Tensor, " m"], stops: Int[Tensor, " s"]) -> Int[Tensor, " k"]:
@@ -107,22 +119,24 @@ def upto_stop(tokens: Int[Tensor, " m"], stops: Int[Tensor, " s"]) -> Int[Tensor
     return tokens[: int(found[0]) + 1] if len(found) else tokens
 
 
-class DraftModel:
+class DraftModel(Proposer):
     """Proposes what a cheap decoder writes, drawn by the same sampler as the target's tokens."""
 
     def __init__(self, draft: nn.Module, *, capacity: int):
         self.draft, self.cache = draft, draft.new_cache(capacity=capacity)  # type: ignore[operator]
 
-    def __call__(
-        self, ids: Int[Tensor, "1 n"], most: int, sampler: Sampler, rng: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, ids, most, sampler, rng):
         self.cache.truncate(ids.shape[1] - 1)
         before, chances = ids.shape[1], []
         for _ in range(most):
             logits = self.draft(ids[:, self.cache.length :], self.cache)[:, -1]
-            chances.append(sampler.probabilities(logits))
-            ids = torch.cat((ids, sample(chances[-1], rng)[None]), dim=1)
-        return ids[0, before:], torch.cat(chances) if chances else None
+            if sampler.temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                chances.append(sampler.probabilities(logits))
+                token = sample(chances[-1], rng)
+            ids = torch.cat((ids, token[None]), dim=1)
+        return Proposal(ids[0, before:], torch.cat(chances) if chances else None)
 
 
 def speculative_generate(
@@ -131,7 +145,7 @@ def speculative_generate(
     ids: Int[Tensor, "1 n"],
     max_new_tokens: int,
     *,
-    gamma: int = 4,
+    gamma: int | Adaptive = 4,
     sampler: Sampler = PLAIN,
     stop: int | Collection[int] | None = None,
     rng: torch.Generator | None = None,
@@ -151,9 +165,10 @@ def joined(ids: Int[Tensor, "1 n"], passes: Iterable[Pass]) -> Int[Tensor, "1 m"
     return torch.cat([ids, *(p.tokens[None] for p in passes)], dim=1)
 
 
-def check_speculation(target: nn.Module, ids: Tensor, max_new_tokens: int, gamma: int) -> None:
+def check_speculation(target: nn.Module, ids: Tensor, max_new_tokens: int, gamma: int | Adaptive) -> None:
     check_prompt(target, ids, max_new_tokens)
-    require_int("gamma", gamma, 1, hint="it is how many tokens are proposed at a time; for none, decode plainly")
+    if not isinstance(gamma, Adaptive):
+        require_int("gamma", gamma, 1, hint="it is how many tokens are proposed at a time; for none, decode plainly")
     if len(ids) != 1:
         how = "rows accept different numbers of tokens, so call it once a row, or use model.generate, which does"
         raise ValueError(f"speculation follows one text at a time, got {len(ids)} rows: {how}")
@@ -166,24 +181,43 @@ def each_row(ids: Int[Tensor, "b n"], continued: Callable[[Tensor], Tensor]) -> 
     return torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
 
 
-@stored
-class SpeculativeDecoding(nn.Module):
-    """As a decoder's `decoding`: holds the draft, and follows one row after another."""
+class Proposing(nn.Module):
+    """As a decoder's `decoding`: one row after another, with what a proposer of its kind proposes.
 
-    def __init__(self, gamma: int):
+    gamma   tokens that are proposed at a time;  cost   where it is given, gamma adapts, up to that (law.py)
+    """
+
+    def __init__(self, gamma: int, cost: float | None = None):
         super().__init__()
-        self.gamma = gamma
-        self.draft: nn.Module = nn.Identity()
+        self.gamma, self.cost = gamma, cost
+
+    def proposer(self, model: nn.Module, capacity: int) -> Proposer:
+        """A fresh one, for a text of up to `capacity` tokens."""
+        raise NotImplementedError
 
     def forward(self, model: nn.Module, ids: Int[Tensor, "b n"], max_new_tokens: int, **settings) -> Int[Tensor, "b m"]:
         check_prompt(model, ids, max_new_tokens)
-        settings = {"gamma": self.gamma, **settings}
-        return each_row(ids, lambda row: speculative_generate(model, self.draft, row, max_new_tokens, **settings))
+        return each_row(ids, lambda row: joined(row, self.passes(model, row, max_new_tokens, **settings)))
 
     def passes(self, model: nn.Module, ids: Int[Tensor, "1 n"], max_new_tokens: int, **settings) -> Iterator[Pass]:
         """The same pass by pass, for `statistics`."""
-        propose = DraftModel(self.draft, capacity=ids.shape[1] + max_new_tokens)
-        return speculate(model, propose, ids, max_new_tokens, gamma=self.gamma, **settings)
+        own = self.gamma if self.cost is None else Adaptive(self.gamma, self.cost)
+        settings = {"gamma": own, **settings}
+        check_speculation(model, ids, max_new_tokens, settings["gamma"])
+        return speculate(model, self.proposer(model, ids.shape[1] + max_new_tokens), ids, max_new_tokens, **settings)
+
+
+@stored
+class SpeculativeDecoding(Proposing):
+    """With a draft, which it holds."""
+
+    def __init__(self, gamma: int, cost: float | None = None):
+        super().__init__(gamma, cost)
+        self.draft: nn.Module = nn.Identity()
+
+    def proposer(self, model: nn.Module, capacity: int) -> Proposer:
+        check_draft(model, self.draft, capacity)
+        return DraftModel(self.draft, capacity=capacity)
 
 
 @dataclass(frozen=True)
@@ -192,10 +226,13 @@ class Speculative(Technique):
 
     draft   makes the draft from the target, such as RTN(bits=3), or brings one: Use("gpt-draft")
     gamma   tokens that are proposed at a time
+    cost    a pass of the draft, in passes of the target: where it is given, gamma adapts to what is accepted, up to the
+            gamma above, and nothing is proposed where that would not pay
     """
 
     draft: Technique = EarlyExit(0.5)
     gamma: int = 4
+    cost: float | None = None
 
     paper = Paper("Leviathan et al.", 2022, "Fast inference from transformers via speculative decoding",
                   "arXiv:2211.17192", "algorithm 1")  # fmt: skip
@@ -205,6 +242,8 @@ class Speculative(Technique):
             how = "such as RTN(bits=3) or Use('gpt-small')"
             raise ValueError(f"draft must be a technique that makes it from the target, {how}, got {self.draft!r}")
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
+        if self.cost is not None:
+            require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="a draft as slow as its target never pays; None keeps gamma as it is")
 
     # the draft is a part of the model: where it is packed or masked, so is the model
     needs = property(lambda self: self.draft.needs | {DECODER})
@@ -212,7 +251,7 @@ class Speculative(Technique):
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         model.decoding = Autoregressive()  # an older draft is not made a part of the new one
-        decoding = SpeculativeDecoding(self.gamma)
+        decoding = SpeculativeDecoding(self.gamma, self.cost)
         decoding.draft = self.draft(model, task)
         if not DECODER.holds(decoding.draft):
             kind = type(decoding.draft).__name__

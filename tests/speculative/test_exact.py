@@ -9,9 +9,10 @@ import effkit
 from effkit import zoo
 from effkit.core.generation import Sampler, generate
 from effkit.core.paths import data_dir
-from effkit.speculative import EarlyExit, speculate, speculative_generate
+from effkit.speculative import EarlyExit, speculate, speculative_generate, verify
 from effkit.speculative.law import Pass
-from effkit.speculative.speculate import DraftModel, overlap, residual, sample
+from effkit.speculative.speculate import DraftModel
+from effkit.speculative.verify import Proposal, overlap, residual, sample
 from tests.caching.decoders import decoder, text
 from tests.speculative.worlds import enumerated, fit, joint, largest_gap, table
 from tests.subjects import gpt, mlp
@@ -92,9 +93,9 @@ def test_a_real_pair_writes_as_its_target_does():
 
 def bonus_after_a_rejection_in_the_last_slot(proposal, p, q, rng):
     places = torch.arange(len(proposal))
-    n = speculate.accepted(p[places, proposal] / q[places, proposal], rng)
+    n = verify.accepted(p[places, proposal] / q[places, proposal], rng)
     last = p[len(proposal)] if n >= len(proposal) - 1 else residual(p[n], q[n])
-    return torch.cat((proposal[:n], speculate.sample(last, rng)[None]))
+    return torch.cat((proposal[:n], verify.sample(last, rng)[None]))
 
 
 def not_renormalized(p, q):
@@ -108,37 +109,37 @@ class OneSided(DraftModel):
     """Draws with the temperature, and reports the distribution without it."""
 
     def __call__(self, ids, most, sampler, rng):
-        proposal, _ = super().__call__(ids, most, sampler, rng)
+        tokens = super().__call__(ids, most, sampler, rng).tokens
         self.cache.truncate(ids.shape[1] - 1)
-        whole = torch.cat((ids, proposal[None]), dim=1)
+        whole = torch.cat((ids, tokens[None]), dim=1)
         logits = self.draft(whole[:, self.cache.length :], self.cache)
-        return proposal, Sampler().probabilities(logits[0, -most - 1 : -1]) if most else None
+        return Proposal(tokens, Sampler().probabilities(logits[0, -most - 1 : -1]) if most else None)
 
 
 BUGS = {
-    "bonus token after a rejection": ("verify", bonus_after_a_rejection_in_the_last_slot),
-    "residual not renormalized": ("residual", not_renormalized),
-    "residual forgotten": ("residual", lambda p, q: p),
-    "temperature on one side": ("DraftModel", OneSided),
+    "bonus token after a rejection": (verify, "verify", bonus_after_a_rejection_in_the_last_slot),
+    "residual not renormalized": (verify, "residual", not_renormalized),
+    "residual forgotten": (verify, "residual", lambda p, q: p),
+    "temperature on one side": (speculate, "DraftModel", OneSided),
 }
-planted = pytest.mark.parametrize("name, bug", BUGS.values(), ids=BUGS.keys())
+planted = pytest.mark.parametrize("where, name, bug", BUGS.values(), ids=BUGS.keys())
 
 
 @planted
-def test_enumeration_refuses(monkeypatch, name, bug):
-    monkeypatch.setattr(speculate, name, bug)
+def test_enumeration_refuses(monkeypatch, where, name, bug):
+    monkeypatch.setattr(where, name, bug)
     assert gap(2, 2, COLD) > 1e-3
 
 
 @planted
-def test_chi_square_refuses(monkeypatch, name, bug):
-    monkeypatch.setattr(speculate, name, bug)
+def test_chi_square_refuses(monkeypatch, where, name, bug):
+    monkeypatch.setattr(where, name, bug)
     assert p_value() < 1e-6
 
 
 @pytest.mark.slow
 def test_chi_square_on_the_real_pair_refuses_the_bonus_token(monkeypatch):
-    monkeypatch.setattr(speculate, "verify", bonus_after_a_rejection_in_the_last_slot)
+    monkeypatch.setattr(verify, "verify", bonus_after_a_rejection_in_the_last_slot)
     assert real_p_value() < 1e-6
 
 
@@ -255,11 +256,11 @@ def test_coins_in_a_row():
     """P(n heads, then tails) = c_1 ... c_n (1 - c_(n+1)); ratios of 1 and more are certain, of 0 impossible."""
     rng = torch.Generator().manual_seed(0)
     counts = torch.bincount(
-        torch.tensor([speculate.accepted(torch.tensor([0.8, 0.5]), rng) for _ in range(4000)]), minlength=3
+        torch.tensor([verify.accepted(torch.tensor([0.8, 0.5]), rng) for _ in range(4000)]), minlength=3
     )
     assert chisquare(counts, [800, 1600, 1600]).pvalue > 1e-3
     for chances, wanted in (([], 0), ([0.0], 0), ([1.0], 1), ([7.0, 1.0], 2), ([3.0, 0.0, 1.0], 1)):
-        assert {speculate.accepted(torch.tensor(chances), rng) for _ in range(50)} == {wanted}
+        assert {verify.accepted(torch.tensor(chances), rng) for _ in range(50)} == {wanted}
 
 
 def test_residual_by_hand():

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effkit.core.generation import Sampler
+from effkit.speculative import law
 from effkit.speculative.law import Pass, best_gamma, expected_tokens, speedup, statistics
-from effkit.speculative.speculate import DraftModel, overlap, speculate
+from effkit.speculative.speculate import DraftModel, speculate
+from effkit.speculative.verify import overlap
 from tests.speculative.worlds import Table
 
 alphas, gammas, costs = st.floats(0, 1), st.integers(0, 12), st.floats(0, 2)
@@ -86,3 +88,47 @@ def test_a_law_off_by_one_is_noticed(monkeypatch):
     monkeypatch.setattr(__name__ + ".expected_tokens", lambda alpha, gamma: sum(alpha**i for i in range(gamma)))
     with pytest.raises(AssertionError):
         test_tokens_a_pass_follow_the_law_where_acceptance_is_independent(1)
+
+
+# gamma that adapts
+
+
+def passes(proposed, accepted):
+    return Pass(proposed, accepted, torch.zeros(accepted + 1, dtype=torch.long))
+
+
+def test_gamma_follows_acceptance_up_and_down():
+    adaptive = law.Adaptive(8, cost=0.1)
+    begun = adaptive.choose()
+    assert adaptive.alpha == 0.5 and begun == law.best_gamma(0.5, 0.1, most=8)
+    for _ in range(30):
+        n = adaptive.choose()
+        adaptive.observe(passes(n, n))
+    assert adaptive.choose() == 8
+    for _ in range(30):
+        adaptive.observe(passes(adaptive.choose(), 0))
+    assert adaptive.choose() <= 1
+
+
+def test_what_never_pays_is_tried_again_after_a_while():
+    """Where nothing is proposed nothing is learned, so alpha goes back to 1/2."""
+    adaptive, chosen = law.Adaptive(8, cost=0.4), []
+    for _ in range(200):
+        chosen.append(adaptive.choose())
+        adaptive.observe(passes(chosen[-1], 0))
+    assert chosen[-1] in (0, 1) and 0 in chosen and 1 in chosen[20:]
+    assert sum(chosen) < 60
+
+
+def test_its_estimate_is_the_rate():
+    adaptive, rng = law.Adaptive(4, cost=0.1, memory=0.999), torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        heads = (torch.rand(4, generator=rng) < 0.7).long().cumprod(0).sum().item()
+        adaptive.observe(passes(4, heads))
+    assert adaptive.alpha == pytest.approx(0.7, abs=0.03)
+
+
+@pytest.mark.parametrize("bad", [dict(most=0), dict(cost=-0.1), dict(memory=1.0), dict(memory=-1)])
+def test_settings_that_adapt_to_nothing_are_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        law.Adaptive(**({"most": 4, "cost": 0.1} | bad))

@@ -17,6 +17,7 @@ from effkit.quantization import RTN
 from effkit.speculative import SHOWCASE, EarlyExit, PromptLookup, Speculative, lookup
 from effkit.speculative.draft import share, tensor_bytes
 from effkit.speculative.law import statistics
+from effkit.speculative.speculate import speculate
 from effkit.zoo.use import Use
 from tests.caching.decoders import decoder, text
 from tests.speculative.worlds import Table, enumerated, joint, largest_gap
@@ -110,7 +111,7 @@ def test_a_pass_proposes_as_many_as_it_was_told(gamma):
     result, calls = Speculative(Identity(), gamma=gamma)(decoder()), []
     result.norm.register_forward_hook(lambda *_: calls.append(1))
     result.generate(text(4), 24, sampler=GREEDY)
-    assert len(calls) == 24 // (gamma + 1)
+    assert len(calls) == 1 + 24 // (gamma + 1), "one for the prompt"
 
 
 def test_a_draft_that_was_masked_keeps_its_mask():
@@ -277,8 +278,7 @@ def test_lookup_needs_fewer_passes_where_a_text_repeats():
     """A decoder that writes 0 1 2 ... 7 0 1 2 ...: after one round, whole blocks are accepted."""
     circle = Table(20 * torch.eye(8, dtype=torch.float64).roll(1, dims=1))
     ids = generate(circle, torch.tensor([[0]]), 12, sampler=GREEDY)
-    propose = lambda ids, most, sampler, rng: (lookup.lookup(ids[0], most, ngram=3), None)  # noqa: E731
-    made = statistics(lookup.speculate(circle, propose, ids, 27, gamma=8, sampler=GREEDY))
+    made = statistics(speculate(circle, lookup.Lookup(3), ids, 27, gamma=8, sampler=GREEDY))
     assert made.passes == 3 and made.acceptance == 1 and made.tokens_per_pass == 9
 
 

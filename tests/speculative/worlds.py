@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import nn
 
 from effkit.core.generation import Sampler
-from effkit.speculative import speculate as module
+from effkit.speculative import speculate, verify
 from effkit.speculative.speculate import speculative_generate
 
 
@@ -77,10 +77,11 @@ def enumerated(program: Callable[[], object]) -> dict[object, float]:
             return run.choose([end * (1 - c) for end, c in zip(ends, chances, strict=False)] + [ends[-1]])
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                module, "sample", lambda p, rng, run=run: torch.tensor(run.choose(p.flatten())).view(p.shape[:-1])
-            )
-            patch.setattr(module, "accepted", heads_in_a_row)
+            for module in (speculate, verify):
+                patch.setattr(
+                    module, "sample", lambda p, rng, run=run: torch.tensor(run.choose(p.flatten())).view(p.shape[:-1])
+                )
+            patch.setattr(verify, "accepted", heads_in_a_row)
             found[program()] += run.weight
         pending += run.branches
     return dict(found)
