@@ -243,7 +243,7 @@ class Speculative(Technique):
             raise ValueError(f"draft must be a technique that makes it from the target, {how}, got {self.draft!r}")
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
         if self.cost is not None:
-            require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="a draft as slow as its target never pays; None keeps gamma as it is")
+            require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="slower than 1 never pays; None keeps gamma")
 
     # the draft is a part of the model: where it is packed or masked, so is the model
     needs = property(lambda self: self.draft.needs | {DECODER})
