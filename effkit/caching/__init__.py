@@ -3,14 +3,19 @@
 cost   macs and bytes of a token, with a cache and without; macs a byte of attention
 kv     Recompute, the baseline; Preallocated, a cache that is written in place
 fused  Fused: few tokens pass through a block in three calls
+paged     Paged: keys and values in pages of a pool, shared until somebody writes
+prefix    the beginnings that prompts share; which to keep: LRU, FIFO, Belady's optimum
+streams   requests as a server gets them, from a seed
+batching  continuous batching over the pages, against batches that start and end together
 """
 
 from effkit.caching.fused import Fused
 from effkit.caching.kv import Preallocated, Recompute
+from effkit.caching.paged import Paged
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.core.technique import Identity
 
-__all__ = ["SHOWCASE", "Fused", "Preallocated", "Recompute"]
+__all__ = ["SHOWCASE", "Fused", "Paged", "Preallocated", "Recompute"]
 
 SHOWCASE = Showcase(
     "caching",

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effkit.caching.kv import PreallocatedCache
+from effkit.caching.paged import PagedCache, Pool
 from effkit.core import generation
 from effkit.core.generation import ConcatCache, NoCache, ancestry
 from tests.caching import laws
@@ -15,6 +16,7 @@ EXACT = {
     "concatenated": lambda model, capacity: ConcatCache(model.rope),
     "preallocated": lambda model, capacity: PreallocatedCache(model.rope, capacity),
     "grown": lambda model, capacity: PreallocatedCache(model.rope, 1),
+    "paged": lambda model, capacity: PagedCache(model.rope, Pool(page_size=3)),
 }
 RAGGED = sorted(set(EXACT) - {"concatenated"})
 kinds, dtypes = st.sampled_from(sorted(EXACT)), st.sampled_from([torch.float64, torch.float32])
