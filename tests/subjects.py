@@ -5,6 +5,7 @@ from torch import nn
 
 from effkit.core.task import Batches, Task
 from effkit.zoo.data import Windows
+from effkit.zoo.diffusion import UNet, denoising
 from effkit.zoo.gpt import GPT
 from effkit.zoo.tasks import classification_loss, correct, language_loss
 from effkit.zoo.vision import MLP, ResNet
@@ -71,7 +72,20 @@ def resnet() -> nn.Module:
     return model.eval()
 
 
-SUBJECTS = {"gpt": (gpt, language_task), "mlp": (mlp, image_task), "resnet": (resnet, image_task)}
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet((8, 8, 16)).eval()
+
+
+def noise_task() -> Task:
+    rng = torch.Generator().manual_seed(2)
+    images = torch.rand(48, 1, 28, 28, generator=rng), torch.randint(10, (48,), generator=rng)
+    return denoising("noise", dict.fromkeys(("train", "val", "test"), images), size=16)
+
+
+SUBJECTS = {
+    "gpt": (gpt, language_task), "mlp": (mlp, image_task), "resnet": (resnet, image_task), "unet": (unet, noise_task),
+}  # fmt: skip
 
 
 def outputs(model: nn.Module, task: Task) -> torch.Tensor:

@@ -42,6 +42,8 @@ HUGE = {
     **dict.fromkeys(("epochs", "steps", "iterations"), "that long it takes; a bar says so"),
     **dict.fromkeys(("examples", "group_size", "gamma", "ngram"), "as many as there are"),
     "rank": "a layer knows how many it has",
+    "interval": "once a drawing",
+    "capacity": "nothing is forgotten",
     "lr": "training says when the loss is no number",
     **dict.fromkeys(("alpha", "temperature", "damping", "ridge", "outliers", "tau"), "a scale"),
 }

@@ -6,6 +6,7 @@ from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule
 from effkit.studies.train import Recipe, compiled_language_loss
 from effkit.zoo.data import Jittered, Windows, mnist, stdlib_tests, stdlib_text
+from effkit.zoo.diffusion import UNet, denoising
 from effkit.zoo.gpt import GPT
 from effkit.zoo.tasks import classification_loss
 from effkit.zoo.tokens import encode, shipped_tokenizer
@@ -46,6 +47,9 @@ RECIPES = {
     ),
     "resnet": Recipe(
         lambda: ResNet((32, 64, 128)), mnist_task, Schedule(1650, 4e-3, warmup=100, weight_decay=0.05)
+    ),
+    "unet": Recipe(
+        UNet, lambda: denoising("mnist", mnist()), Schedule(6000, 2e-3, warmup=200, weight_decay=0.01, autocast=True)
     ),
     "gpt-small": language_recipe((6000, 2400), 3e-3, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704),
     "gpt-target": language_recipe((6000, 2400), 2.5e-3, d_model=320, layers=10, heads=10, kv_heads=2, d_ff=832),

@@ -10,6 +10,7 @@ from effkit.core.checkpoint import load as load_file
 from effkit.core.paths import data_dir
 from effkit.core.task import Task
 from effkit.zoo.data import english_text, mnist, numpy_text, stdlib_text
+from effkit.zoo.diffusion import UNet, denoising
 from effkit.zoo.fetch import where
 from effkit.zoo.gguf import read_gguf, read_tokenizer
 from effkit.zoo.gpt import GPT, GPTConfig
@@ -18,7 +19,7 @@ from effkit.zoo.tokens import encode_once, shipped_tokenizer
 from effkit.zoo.use import Use
 from effkit.zoo.vision import MLP, ResNet
 
-__all__ = ["GPT", "MLP", "GPTConfig", "ResNet", "Use", "load", "names", "numpy_task", "tokenizer"]
+__all__ = ["GPT", "MLP", "GPTConfig", "ResNet", "UNet", "Use", "load", "names", "numpy_task", "tokenizer"]
 
 
 def names() -> list[str]:
@@ -76,5 +77,6 @@ def _source_task(name: str, text: Callable[[str], tuple[str, ...]]) -> Task:
 
 _TASKS: dict[str, Callable[[], Task]] = {
     **dict.fromkeys(("mlp", "lenet-300-100", "resnet"), lambda: classification("mnist", mnist())),
+    "unet": lambda: denoising("mnist", mnist()),
     **dict.fromkeys(("gpt-small", "gpt-target", "gpt-draft"), lambda: _source_task("stdlib", stdlib_text)),
 }
