@@ -3,18 +3,23 @@
 cost   macs and bytes of a token, with a cache and without; macs a byte of attention
 kv     Recompute, the baseline; Preallocated, a cache that is written in place
 fused  Fused: few tokens pass through a block in three calls
+paged     Paged: keys and values in pages of a pool, shared until somebody writes
+prefix    the beginnings that prompts share; which to keep: LRU, FIFO, Belady's optimum
+streams   requests as a server gets them, from a seed
 features  DeepCache: a U-Net's depths serve for several steps of a drawing
 results   ResultCache: the same question, or nearly the same, is answered from memory
+batching  continuous batching over the pages, against batches that start and end together
 """
 
 from effkit.caching.features import DeepCache
 from effkit.caching.fused import Fused
 from effkit.caching.kv import Preallocated, Recompute
+from effkit.caching.paged import Paged
 from effkit.caching.results import ResultCache
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.core.technique import Identity
 
-__all__ = ["SHOWCASE", "DeepCache", "Fused", "Preallocated", "Recompute", "ResultCache"]
+__all__ = ["SHOWCASE", "DeepCache", "Fused", "Paged", "Preallocated", "Recompute", "ResultCache"]
 
 SHOWCASE = Showcase(
     "caching",
