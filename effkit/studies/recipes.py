@@ -55,3 +55,12 @@ RECIPES = {
     "gpt-target": language_recipe((6000, 2400), 2.5e-3, d_model=320, layers=10, heads=10, kv_heads=2, d_ff=832),
     "gpt-draft": language_recipe((4000, 1600), 4e-3, d_model=192, layers=2, heads=6, kv_heads=2, d_ff=576),
 }
+
+
+def distilled(student: str, teacher: str) -> Recipe:
+    """The student's recipe, step for step, but taught by a teacher."""
+    plain = RECIPES[student]
+    return replace(plain, teacher=teacher, first=plain.first and replace(plain.first, teacher=teacher))
+
+
+RECIPES["gpt-draft-distilled"] = distilled("gpt-draft", "gpt-target")

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from effkit import zoo
 from effkit.core.checkpoint import fingerprint, load, read_tensors, save
 from effkit.core.paths import data_dir
-from effkit.core.task import Task
+from effkit.core.task import Batch, Task
 from effkit.core.technique import kept_random_state
 from effkit.core.training import Loss, Schedule, fit
+from effkit.distillation.losses import DIVERGENCES
 from effkit.zoo.tasks import language_loss
 
 
@@ -35,12 +37,14 @@ class Recipe:
     seed: int = 0
     save_every: int = 200  # steps that an interruption may cost
     first: "Recipe | None" = None  # the run whose checkpoint, in bfloat16, this one goes on from
+    teacher: str = ""  # a checkpoint whose distributions are learned instead of the text (chapter 03)
 
     def settings(self) -> dict:
         """What of it can be compared, as JSON: the schedule, the seed, and the weights that training begins with."""
         with kept_random_state():
             torch.manual_seed(self.seed)
-            return {"schedule": asdict(self.schedule), "seed": self.seed, "begun": fingerprint([self.build()])}
+            made = {"schedule": asdict(self.schedule), "seed": self.seed, "begun": fingerprint([self.build()])}
+            return made | ({"teacher": self.teacher} if self.teacher else {})
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | N
     with kept_random_state():
         torch.manual_seed(recipe.seed)
         model, task = load(before).float() if recipe.first else recipe.build(), recipe.task()
-        loss = recipe.loss(model) if recipe.loss else None
+        maker = taught_by(recipe.teacher) if recipe.teacher else recipe.loss
+        loss = maker(model) if maker else None
         curve = fit(model, task, recipe.schedule, loss=loss, resume=state, save_every=recipe.save_every, label=name)
     save(model.to(torch.bfloat16).eval(), path, recipe.settings())
     for done in (state, before):
@@ -82,14 +87,38 @@ def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | N
 
 
 def compiled_language_loss(model: nn.Module) -> Loss:
-    """Cross-entropy over a compiled forward pass; eager where no C++ compiler is at hand."""
+    """Cross-entropy over a compiled forward pass."""
+    forward = compiled(model)
+    return lambda _, batch: language_loss(forward(batch[0]), batch)
+
+
+def taught_by(teacher: str, divergence: str = "forward") -> Callable[[nn.Module], Loss]:
+    """Instead of the text's own next token, all that the teacher, a checkpoint of that name, thinks of it: the
+    divergence of the distributions at every place, in nats (Hinton et al. 2015, arXiv:1503.02531, eq. 4 with T = 1)."""
+
+    def loss_of(model: nn.Module) -> Loss:
+        knows = compiled(zoo.load(teacher)[0].requires_grad_(False))
+        learns = compiled(model)
+
+        def loss(_: nn.Module, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = knows(batch[0])
+            return DIVERGENCES[divergence](learns(batch[0]).float(), wanted.float()).mean()
+
+        return loss
+
+    return loss_of
+
+
+def compiled(model: nn.Module) -> Callable:
+    """The model's forward pass over ids, compiled; eager where no C++ compiler is at hand."""
     try:
         forward = torch.compile(model)
         forward(torch.zeros(1, 8, dtype=torch.long))
     except Exception as error:  # noqa: BLE001  (torch.compile raises many kinds; eager training is merely slower)
         warnings.warn(f"torch.compile is not usable here ({type(error).__name__}); training eagerly", stacklevel=2)
         forward = model
-    return lambda _, batch: language_loss(forward(batch[0]), batch)
+    return forward
 
 
 def keep_memory() -> None:

@@ -78,5 +78,5 @@ def _source_task(name: str, text: Callable[[str], tuple[str, ...]]) -> Task:
 _TASKS: dict[str, Callable[[], Task]] = {
     **dict.fromkeys(("mlp", "lenet-300-100", "resnet"), lambda: classification("mnist", mnist())),
     "unet": lambda: denoising("mnist", mnist()),
-    **dict.fromkeys(("gpt-small", "gpt-target", "gpt-draft"), lambda: _source_task("stdlib", stdlib_text)),
+    **dict.fromkeys(("gpt-small", "gpt-target", "gpt-draft", "gpt-draft-distilled"), lambda: _source_task("stdlib", stdlib_text)),
 }

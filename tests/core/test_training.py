@@ -367,6 +367,30 @@ def test_where_nothing_compiles_training_goes_on_eagerly(monkeypatch):
     assert loss(model, (ids, ids)).item() == pytest.approx(wanted.item())
 
 
+def test_a_taught_student_learns_all_that_its_teacher_thinks(monkeypatch):
+    from effkit import zoo
+
+    torch.manual_seed(0)
+    teacher, student = nn.Sequential(nn.Embedding(5, 5)), nn.Sequential(nn.Embedding(5, 5))
+    monkeypatch.setattr(zoo, "load", lambda name: (teacher, None))
+    monkeypatch.setattr(studies, "compiled", lambda model: model)
+    ids = torch.tensor([[0, 1, 2]])
+    loss = studies.taught_by("teacher")(student)
+    p, q = (m(ids).detach().log_softmax(-1) for m in (teacher, student))
+    value = loss(student, (ids, ids))
+    assert value.item() == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
+    value.backward()
+    assert student[0].weight.grad is not None and teacher[0].weight.grad is None
+    student.load_state_dict(teacher.state_dict())
+    assert studies.taught_by("teacher")(student)(student, (ids, ids)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_taught_checkpoint_says_by_whom():
+    plain, taught = RECIPES["gpt-draft"], RECIPES["gpt-draft-distilled"]
+    assert taught.settings() == plain.settings() | {"teacher": "gpt-target"}
+    assert taught.first.settings() == plain.first.settings() | {"teacher": "gpt-target"}
+
+
 def test_every_shipped_checkpoint_has_its_recipe():
     from effkit import zoo
 

@@ -79,6 +79,7 @@ ZOO = {
     "resnet": lambda: (ResNet(), torch.rand(3, 1, 28, 28)),
     "gpt-small": lambda: (GPT(), torch.randint(1024, (2, 40))),
     "gpt-target": lambda: (RECIPES["gpt-target"].build(), torch.randint(1024, (2, 40))),
+    "gpt-draft-distilled": lambda: (RECIPES["gpt-draft-distilled"].build(), torch.randint(1024, (2, 40))),
     "gpt-draft": lambda: (RECIPES["gpt-draft"].build(), torch.randint(1024, (2, 40))),
     "unet": lambda: (RECIPES["unet"].build(), torch.rand(3, 2, 28, 28)),
     "smollm2": smollm2,
