@@ -1,4 +1,4 @@
-"""Exercises of chapter 07: attention over a half-filled buffer, and what a cache weighs."""
+"""Exercises of chapter 07: attention over a half-filled buffer, what a cache weighs, what is thrown away, and who may write."""
 
 import torch
 from torch import Tensor
@@ -139,4 +139,285 @@ heads, which divide d_model between them; `kv_heads` those of keys and of values
     ),
 )
 
-EXERCISES = (ATTEND_LAST, CACHE_BYTES)
+
+def seen(tokens: int, *, window: int, sinks: int) -> Tensor:
+    """Which keys each query of a text sees, (tokens, tokens), True where it does: the newest ones, and the first."""
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    near = (key <= query) & (key > query - window)
+    return near | ((key < sinks) & (key <= query))
+
+
+def windows(rng: torch.Generator):
+    """By hand; then texts shorter and longer than the window."""
+    yield case(5, window=2, sinks=1)
+    for _ in range(4):
+        tokens, window, sinks = (int(torch.randint(low, high, (), generator=rng)) for low, high in ((6, 14), (1, 6), (0, 4)))
+        yield case(tokens, window=window, sinks=sinks)
+    yield case(4, window=9, sinks=2)
+
+
+def never_the_future(answer, given):
+    late = answer.bool().triu(1)
+    return None if not late.any() else (f"query {int(late.any(1).int().argmax())} looking ahead", "keys up to its own only")
+
+
+def itself_and_so_many(answer, given):
+    """A query sees itself, and no more keys than window + sinks."""
+    most, counts = given.settings["window"] + given.settings["sinks"], answer.long().sum(1)
+    if not answer.bool().diagonal().all():
+        return "a query that does not see its own key", "each seeing itself"
+    return None if counts.max() <= most else (f"a query that sees {int(counts.max())} keys", f"at most window + sinks = {most}")
+
+
+def one_too_many(tokens, *, window, sinks):
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    return ((key <= query) & (key >= query - window)) | ((key < sinks) & (key <= query))
+
+
+def sinks_for_all(tokens, *, window, sinks):
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    return ((key <= query) & (key > query - window)) | (key < sinks).expand(tokens, tokens)
+
+
+def no_sinks(tokens, *, window, sinks):
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    return (key <= query) & (key > query - window)
+
+
+def window_of_the_last(tokens, *, window, sinks):
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)
+    return (key <= query) & ((key >= tokens - window) | (key < sinks))
+
+
+def seen_by_heart(tokens, *, window, sinks):
+    return torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 1, 1]]).bool()
+
+
+SEEN = Exercise(
+    name="caching.seen",
+    prompt="""**A window with sinks.** A cache keeps the keys of the newest `window` tokens, the query's own among them, and of
+the first `sinks` tokens of the text, however long ago these were. Write `seen(tokens, window=..., sinks=...)`: a tensor of
+booleans of shape (tokens, tokens), True where the query of the row sees the key of the column.""",
+    reference=seen,
+    checks=(
+        checks.not_the_librarys_own("Window", "WindowCache"),
+        checks.same_shape_and_dtype(windows),
+        checks.holds("no query looks ahead", windows, never_the_future),
+        checks.holds("itself, and no more than are kept", windows, itself_and_so_many),
+        checks.equals_reference(windows),
+    ),
+    hints=(
+        "Two reasons to see a key: it is near, or it is one of the first. Neither allows a look ahead.",
+        "With `query = torch.arange(tokens)[:, None]` and `key = torch.arange(tokens)`, comparisons give the whole table.",
+        "Near is `(key <= query) & (key > query - window)`; a sink is `(key < sinks) & (key <= query)`.",
+    ),
+    after="Without the sinks a real model breaks: its first token takes up to half of all attention, whatever it says.",
+    wrong=(
+        (one_too_many, "itself, and no more than are kept"),
+        (sinks_for_all, "no query looks ahead"),
+        (no_sinks, "the right numbers"),
+        (window_of_the_last, "itself, and no more than are kept"),
+        (seen_by_heart, "shape and dtype"),
+    ),
+)
+
+
+def write(pages: list[int], references: list[int], free: list[int], *, length: int, page_size: int) -> tuple[list[int], list[int], list[int]]:
+    """Makes room for token number `length` of a text; returns its pages, the references of all pages, and the free ones."""
+    pages, references, free = list(pages), list(references), list(free)
+    if length % page_size == 0:  # the last page is full
+        pages.append(free.pop())
+        references[pages[-1]] = 1
+    elif references[pages[-1]] > 1:  # somebody else reads it: a copy
+        references[pages[-1]] -= 1
+        pages[-1] = free.pop()
+        references[pages[-1]] = 1
+    return pages, references, free
+
+
+def tables(rng: torch.Generator):
+    """By hand: a shared page that is half full; then alone, full, and empty ones."""
+    yield case([0, 1], [2, 2, 0, 0], [3, 2], length=5, page_size=4)
+    yield case([0, 1], [2, 1, 0, 0], [3, 2], length=5, page_size=4)
+    yield case([0, 1], [2, 2, 0, 0], [3, 2], length=8, page_size=4)
+    yield case([], [0, 0], [1, 0], length=0, page_size=3)
+    for _ in range(4):
+        size = int(torch.randint(2, 6, (), generator=rng))
+        held = int(torch.randint(1, 4, (), generator=rng))
+        shared = 1 + torch.randint(0, 3, (held,), generator=rng)
+        inside = int(torch.randint(1, size + 1, (), generator=rng))
+        order = torch.randperm(held + 3, generator=rng).tolist()
+        references = [0] * (held + 3)
+        for page, n in zip(order[:held], shared.tolist(), strict=True):
+            references[page] = n
+        yield case(order[:held], references, order[held:], length=(held - 1) * size + inside, page_size=size)
+
+
+def nobody_elses_page(answer, given):
+    pages, references, free = answer
+    if pages and references[pages[-1]] != 1:
+        return f"a write into page {pages[-1]}, which {references[pages[-1]]} texts name", "a page that this text alone names"
+    lost = [page for page, n in enumerate(references) if (n == 0) != (page in free)]
+    return (f"page {lost[0]} with {references[lost[0]]} references, free: {lost[0] in free}", "free exactly where nobody names it") if lost else None
+
+
+def writes_into_shared(pages, references, free, *, length, page_size):
+    pages, references, free = list(pages), list(references), list(free)
+    if length % page_size == 0:
+        pages.append(free.pop())
+        references[pages[-1]] = 1
+    return pages, references, free
+
+
+def copies_always(pages, references, free, *, length, page_size):
+    pages, references, free = list(pages), list(references), list(free)
+    if length % page_size:
+        references[pages[-1]] -= 1
+        pages[-1] = free.pop()
+    else:
+        pages.append(free.pop())
+    references[pages[-1]] = 1
+    return pages, references, free
+
+
+def forgets_to_let_go(pages, references, free, *, length, page_size):
+    pages, references, free = list(pages), list(references), list(free)
+    if length % page_size == 0:
+        pages.append(free.pop())
+    elif references[pages[-1]] > 1:
+        pages[-1] = free.pop()
+    references[pages[-1]] = 1
+    return pages, references, free
+
+
+def copies_a_full_page(pages, references, free, *, length, page_size):
+    pages, references, free = list(pages), list(references), list(free)
+    if pages and references[pages[-1]] > 1:
+        references[pages[-1]] -= 1
+        pages[-1] = free.pop()
+        references[pages[-1]] = 1
+    elif length % page_size == 0:
+        pages.append(free.pop())
+        references[pages[-1]] = 1
+    return pages, references, free
+
+
+def writes_into_the_lists(pages, references, free, *, length, page_size):
+    if length % page_size == 0:
+        pages.append(free.pop())
+    elif references[pages[-1]] > 1:
+        references[pages[-1]] -= 1
+        pages[-1] = free.pop()
+    references[pages[-1]] = 1
+    return pages, references, free
+
+
+def write_by_heart(pages, references, free, *, length, page_size):
+    return [0, 2], [2, 1, 1, 0], [3]
+
+
+WRITE = Exercise(
+    name="caching.copy_on_write",
+    prompt="""**Who may write here?** A text's keys lie in `pages`, a list of page numbers; a page has room for `page_size`
+tokens. `references[page]` says how many texts name a page, and `free` lists those that none does. The text has `length`
+tokens and is about to write one more. Write `write(pages, references, free, length=..., page_size=...)`, which returns the three
+lists as they are then, new ones: a full last page calls for another; a last page that others name must not be written into, so
+the text takes a page of its own in its place. Pages are taken from the end of `free`.""",
+    reference=write,
+    checks=(
+        checks.not_the_librarys_own("reserve", "Pool", "Table"),
+        checks.holds("no page that others read, none lost", tables, nobody_elses_page),
+        checks.equals_reference(tables),
+        checks.input_unchanged(tables),
+    ),
+    hints=(
+        "Three cases: the last page is full; it has room but is shared; it has room and is the text's own.",
+        "It is full where `length % page_size == 0`, and then it does not matter who else reads it.",
+        "For a copy: one reference fewer on the old page, `free.pop()` in its place, with one reference.",
+    ),
+    after="A hundred chats with one system prompt hold it once, and none of them can tell.",
+    wrong=(
+        (writes_into_shared, "no page that others read"),
+        (copies_always, "no page that others read"),
+        (forgets_to_let_go, "the right numbers"),
+        (copies_a_full_page, "the right numbers"),
+        (writes_into_the_lists, "its input unchanged"),
+        (write_by_heart, "the right numbers"),
+    ),
+)
+
+
+def farthest(held: list[int], coming: list[int]) -> int:
+    """Which of the pages that are held to throw away: the one that is asked for last, or never again."""
+    wait = [coming.index(page) if page in coming else len(coming) for page in held]
+    return held[wait.index(max(wait))]
+
+
+def requests(rng: torch.Generator):
+    """By hand; then streams in which one page never comes again, and some where all do."""
+    yield case([3, 1, 2], [1, 3, 1, 2])
+    for _ in range(4):
+        names = torch.randperm(9, generator=rng).tolist()
+        held, never = names[:4], names[0]
+        rest = [p for p in held if p != never]
+        order = [rest[i] for i in torch.randint(0, 3, (8,), generator=rng).tolist()]
+        yield case([held[i] for i in torch.randperm(4, generator=rng).tolist()], [*order, *rest])
+    yield case(names[:3], [names[2], names[2], names[0], names[1], names[0]])
+
+
+def costs_least(answer, given):
+    held, coming = given.args
+    if answer not in held:
+        return answer, f"one of the pages that are held, {held}"
+    wait = lambda page: coming.index(page) if page in coming else len(coming)  # noqa: E731
+    longest = max(map(wait, held))
+    return None if wait(answer) == longest else (f"page {answer}, asked for in {wait(answer)} requests", f"one that waits for {longest}")
+
+
+def next_one(held, coming):
+    return min(held, key=lambda page: coming.index(page) if page in coming else len(coming))
+
+
+def rarest(held, coming):
+    return min(held, key=lambda page: (coming.count(page), held.index(page)))
+
+
+def last_asked(held, coming):
+    return max(held, key=lambda page: max((i for i, p in enumerate(coming) if p == page), default=-1))
+
+
+def the_oldest(held, coming):
+    return held[0]
+
+
+def farthest_by_heart(held, coming):
+    return 2
+
+
+FARTHEST = Exercise(
+    name="caching.belady",
+    prompt="""**The best page to lose.** A cache is full, and room is needed. `held` lists the pages in it, `coming` all requests
+that are still to come, in order, as only a stream that was recorded can tell. Belady's rule throws away the page whose next
+request lies farthest ahead; one that never comes again is farther than all. Write `farthest(held, coming)`: that page. Where several never
+come again, any of them will do.""",
+    reference=farthest,
+    checks=(
+        checks.not_the_librarys_own("belady", "belady_hits"),
+        checks.holds("no other waits longer", requests, costs_least),
+    ),
+    hints=(
+        "For each page that is held: how many requests pass until it is asked for?",
+        "`coming.index(page)` finds the next request; it raises an error for a page that never comes.",
+        "`len(coming)` serves for those; then take the page with the largest number.",
+    ),
+    after="No cache can do better, and none can do this: it knows the future. It is what LRU is measured against.",
+    wrong=(
+        (next_one, "no other waits longer"),
+        (rarest, "no other waits longer"),
+        (last_asked, "no other waits longer"),
+        (the_oldest, "no other waits longer"),
+        (farthest_by_heart, "no other waits longer"),
+    ),
+)
+
+EXERCISES = (ATTEND_LAST, CACHE_BYTES, SEEN, WRITE, FARTHEST)
