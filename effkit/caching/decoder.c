@@ -227,3 +227,17 @@ void attend(const float *x, const float *cosine, const float *sine, void *keys, 
         }
     }
 }
+
+/* All blocks. weights: nine a block; sizes: queries, keys, hidden; eps: two a block; kept: keys and values a block.
+ * room: for the largest block tokens * (2 queries + 2 keys) floats, and what the parts above call scratch */
+void blocks(long count, const void **weights, const long *sizes, const float *eps, void **kept, const float *cosine, const float *sine,
+            const uint8_t *mask, float *x, float *room, long texts, long n, long held, long capacity, long d, long width, int half, int threads) {
+    long tokens = texts * n;
+    for (long l = 0; l < count; l++, weights += 9, sizes += 3, eps += 2, kept += 2) {
+        long queries = sizes[0], keys = sizes[1], hidden = sizes[2];
+        float *qkv = room, *seen = qkv + tokens * (queries + 2 * keys), *scratch = seen + tokens * queries;
+        project(x, weights[0], eps[0], weights[1], weights[2], weights[3], queries, keys, width, tokens, half, threads, scratch, qkv);
+        attend(qkv, cosine, sine, kept[0], kept[1], mask, scratch, seen, texts, queries / d, keys / d, n, held, capacity, d, half, threads);
+        finish(x, seen, weights[4], queries, weights[5], eps[1], weights[6], weights[7], weights[8], hidden, width, tokens, half, threads, scratch);
+    }
+}

@@ -1,4 +1,4 @@
-"""Fused decoding: a few tokens pass through a block in three calls.
+"""Fused decoding: a few tokens pass through all blocks in one call.
 
 Problem   With a cache, writing a token is a few million macs, and hundreds of operators are called for it: a small model
           waits for its own Python. And a library's matrix product, made for many rows, reads weights slowly for one.
@@ -37,7 +37,7 @@ _SOURCE = Path(__file__).with_name("decoder.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _P, _P],
-    "attend": [*[_P] * 8, *[_L] * 7, _I, _I],
+    "blocks": [_L, *[_P] * 9, *[_L] * 6, _I, _I],
     "product": [_P, _P, *[_L] * 3, _I, _I, _P],
     "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _P],
 }
@@ -52,24 +52,47 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-class FusedCache(PreallocatedCache):
-    """A preallocated cache that the fused blocks read and write by one call."""
+class Plan:
+    """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good."""
 
-    def attend_few(
-        self, library: ctypes.CDLL, layer: int, qkv: Float[Tensor, "b n hd"], heads: int, dtype: torch.dtype
-    ) -> Float[Tensor, "b n hd"]:
-        """Attention of n new tokens from rows of queries, keys and values, all float32; what is kept has the dtype."""
-        (rows, n, width), d = qkv.shape, self.rope.head_dim
-        groups = (width // d - heads) // 2
-        keys, values = self._room(layer, qkv.new_empty(rows, groups, 0, d, dtype=dtype))
+    def __init__(self, weights: list[list[Tensor]], eps: list[float]):
+        self.weights, self.eps = weights, eps
+        self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
+        flat = [t for block in weights for t in block]
+        self.arrays = ((_P * len(flat))(*pointers(*flat)), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
+                       (_F * len(eps))(*eps))  # fmt: skip
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> "Plan | None":
+        """None where a block does anything that the kernels do not."""
+        held = [weights(block, dtype) for block in model.blocks]  # type: ignore[union-attr]
+        eps = [norm.eps for block in model.blocks for norm in (block.attention_norm, block.ff_norm)] if all(held) else []  # type: ignore
+        return cls(held, eps) if all(held) else None  # type: ignore[arg-type]
+
+    def room(self, texts: int, n: int, width: int, length: int, d: int) -> int:
+        """Floats that a pass needs beside its stream."""
+        tokens = texts * n
+        return max(
+            2 * tokens * (queries + keys) + max(2 * tokens * (width + hidden), texts * (queries // d) * (length + 2 * d))
+            for queries, keys, hidden in self.sizes
+        )
+
+
+class FusedCache(PreallocatedCache):
+    """A preallocated cache that the fused blocks read and write in one call."""
+
+    def run(self, library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n width"], dtype: torch.dtype) -> None:
+        """All blocks, in place on the residual stream; what is kept has the dtype."""
+        (texts, n, width), d, count = stream.shape, self.rope.head_dim, len(plan.sizes)
+        held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
+        kept = (_P * (2 * count))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
         cosine, sine = (t.float() for t in self.tables)
         mask = None if self.mask is None else self.mask.contiguous()
-        out, scratch = qkv.new_empty(rows, n, heads * d), qkv.new_empty(rows * heads * (self.length + 2 * d))
-        library.attend(
-            *pointers(qkv, cosine, sine, keys, values, mask, scratch, out), rows, heads, groups, n, self.length - n,
-            keys.shape[2], d, dtype == torch.bfloat16, torch.get_num_threads(),
+        room = stream.new_empty(plan.room(texts, n, width, self.length, d))
+        library.blocks(
+            count, *plan.arrays, kept, *pointers(cosine, sine, mask, stream, room), texts, n, self.length - n,
+            held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
-        return out
 
 
 def pointers(*tensors: Tensor | None) -> list[int | None]:
@@ -107,12 +130,11 @@ class Fusing(InOrder):
 
     def forward(self, model: nn.Module, x: Float[Tensor, "b n d"], cache: Cache) -> Float[Tensor, "b n d"]:
         library = kernels() if few(x) else None
-        held = [weights(block, x.dtype) for block in model.blocks] if library else [None]  # type: ignore[union-attr]
-        if None in held:
+        plan = planned(model, x.dtype, cache) if library else None
+        if library is None or plan is None:
             return super().forward(model, x, cache)
         stream = x.to(torch.float32, copy=True)
-        for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
-            pass_block(library, layer, block, held[layer], stream, x.dtype, cache)  # type: ignore[arg-type]
+        through(library, plan, stream, x.dtype, cache)
         return stream.to(x.dtype)
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n vocab"]:
@@ -133,25 +155,29 @@ def untouched(layer: Any) -> bool:
     return kind and layer.weight.is_contiguous() and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def pass_block(
-    library: ctypes.CDLL, layer: int, block: Block, held: list[Tensor], stream: Float[Tensor, "b n d"],
-    dtype: torch.dtype, cache: Cache,
-) -> None:  # fmt: skip
-    """One block, in place on the residual stream."""
-    first, q, k, v, o, second, gate, up, down = held
-    (rows, n, width), tokens, hidden = stream.shape, stream.shape[0] * stream.shape[1], len(gate)
-    how = (dtype == torch.bfloat16, torch.get_num_threads())
-    qkv, scratch = stream.new_empty(rows, n, len(q) + 2 * len(k)), stream.new_empty(2 * tokens * (width + hidden))
-    library.project(*pointers(stream, first), block.attention_norm.eps, *pointers(q, k, v), len(q), len(k), width, tokens,
-                    *how, *pointers(scratch, qkv))  # fmt: skip
+def planned(model: nn.Module, dtype: torch.dtype, cache: Cache) -> Plan | None:
+    """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
+    kernels. Whoever hangs a hook into a model in the middle of a text begins the text anew."""
+    known = cache.__dict__.setdefault("plans", {})
+    if dtype not in known:
+        known[dtype] = Plan.of(model, dtype)
+    return known[dtype]
+
+
+def through(library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n d"], dtype: torch.dtype, cache: Cache) -> None:
+    """All blocks, in place on the residual stream: by one call, or around the attention of a cache of another kind."""
     if isinstance(cache, FusedCache) and cache.lengths is None:
-        seen = cache.attend_few(library, layer, qkv, len(q) // cache.rope.head_dim, dtype)
-    else:
-        parts = qkv.to(dtype).split([len(q), len(k), len(k)], dim=-1)
-        seen = cache.attend(layer, *(split(part, cache.rope.head_dim) for part in parts))
-        seen = seen.transpose(1, 2).float().contiguous()
-    library.finish(*pointers(stream, seen, o), len(q), *pointers(second), block.ff_norm.eps, *pointers(gate, up, down),
-                   hidden, width, tokens, *how, *pointers(scratch))  # fmt: skip
+        return cache.run(library, plan, stream, dtype)
+    (rows, n, width), d = stream.shape, cache.rope.head_dim
+    tokens, how = rows * n, (dtype == torch.bfloat16, torch.get_num_threads())
+    for layer, ((first, q, k, v, o, second, gate, up, down), (queries, keys, hidden)) in enumerate(zip(plan.weights, plan.sizes, strict=True)):
+        qkv, scratch = stream.new_empty(rows, n, queries + 2 * keys), stream.new_empty(2 * tokens * (width + hidden))
+        library.project(*pointers(stream, first), plan.eps[2 * layer], *pointers(q, k, v), queries, keys, width, tokens,
+                        *how, *pointers(scratch, qkv))  # fmt: skip
+        parts = qkv.to(dtype).split([queries, keys, keys], dim=-1)
+        seen = cache.attend(layer, *(split(part, d) for part in parts)).transpose(1, 2).float().contiguous()
+        library.finish(*pointers(stream, seen, o), queries, *pointers(second), plan.eps[2 * layer + 1], *pointers(gate, up, down),
+                       hidden, width, tokens, *how, *pointers(scratch))  # fmt: skip
 
 
 @stored
@@ -164,7 +190,7 @@ class FusedRoom(nn.Module):
 
 @dataclass(frozen=True)
 class Fused(Technique):
-    """The decoder runs its blocks by three calls each while tokens are few, and its cache is written in place."""
+    """The decoder runs all its blocks in one call while tokens are few, and its cache is written in place."""
 
     needs = frozenset({DECODER})
     paper = Paper("Dao et al.", 2022, "FlashAttention: fast and memory-efficient exact attention with IO-awareness",
