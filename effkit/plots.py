@@ -65,7 +65,7 @@ def draw_lines(axes: Axes, series: Named) -> None:
         if band is not None:
             axes.fill_between(_values(x), values - band, values + band, color=style["color"], alpha=0.2, linewidth=0)
     if all((_values(x) % 1 == 0).all() for x, *_ in series.values()):
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def crossings(x, a, b, *, logx=False, logy=False) -> list[float]:
@@ -127,10 +127,10 @@ def heatmap(
         for (i, j), value in ((at, v) for at, v in np.ndenumerate(values) if np.isfinite(v)):
             dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
             axes.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
-    for (name, place), marker in zip((marks or {}).items(), itertools.cycle(MARKERS), strict=False):
-        axes.plot(*_values(place), marker, color="white", markeredgecolor="black", markersize=9, linestyle="none", label=name)
+    for i, (name, place) in enumerate((marks or {}).items()):  # ever smaller, so that none hides another
+        axes.plot(*_values(place), MARKERS[i % len(MARKERS)], color="white", mec="black", ms=max(6, 15 - 1.5 * i), label=name)
     if marks:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, labelspacing=0.9, fontsize=8, frameon=False)
     fig.colorbar(image, ax=axes, label=unit)
     return fig
 
@@ -256,7 +256,7 @@ def _label(axis, most: int = 12) -> None:
     """Numbers as people write them, on as many ticks of a logarithmic axis as there is room for."""
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    digits = range(1, 10) if decades < 0.6 else (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.6 else (1,)
+    digits = range(1, 10) if decades < 0.6 else (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2.8 else (1,)
     axis.set_major_locator(LogLocator(subs=tuple(digits), numticks=most))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axis.set_minor_formatter(NullFormatter())
