@@ -136,6 +136,9 @@ def serve(
     A request that is empty, too long for the model or the pool, or has unknown tokens, is refused in its reply. Raises
     ValueError for settings that are none.
     """
+    if not hasattr(model, "rope"):
+        how = "take one that generates, such as effkit.zoo.load('gpt-small')"
+        raise ValueError(f"serve needs a decoder that asks a cache for its attention, got {type(model).__name__}: {how}")
     require_choice("policy", policy, POLICIES)
     require_int("most_rows", most_rows, 1)
     if prefill_chunk is not None:

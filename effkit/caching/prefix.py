@@ -32,7 +32,7 @@ POLICIES = ("lru", "fifo", "belady")
 
 def blocks(ids: Sequence[int], page_size: int) -> list[Block]:
     """The text's whole pages; what is left behind them is left out."""
-    return [tuple(ids[i : i + page_size]) for i in range(0, len(ids) - page_size + 1, page_size)]
+    return [tuple(map(int, ids[i : i + page_size])) for i in range(0, len(ids) - page_size + 1, page_size)]
 
 
 class Node:
@@ -49,6 +49,10 @@ class Node:
         self.parent, self.edge, self.pages = upper, self.edge[n:], self.pages[n:]
         upper.children[self.edge[0]] = self
         return upper
+
+    def path(self) -> list[int]:
+        """The pages from the root to its end."""
+        return self.parent.path() + self.pages if self.parent else []
 
     def all(self) -> "Iterator[Node]":
         yield self
@@ -74,18 +78,21 @@ class PrefixCache:
     def match(self, ids: Sequence[int]) -> Table:
         """A text that begins with the longest known prefix of whole pages, sharing them."""
         node, _ = self._walk(blocks(ids, self.pool.page_size))
-        pages: list[int] = []
-        while node.parent:
-            node, pages = node.parent, node.pages + pages
+        pages = node.path()
         self.pool.share(pages)
         return Table(self.pool, pages, len(pages) * self.pool.page_size)
 
     def insert(self, ids: Sequence[int], table: Table) -> None:
-        """Remembers the whole pages of a text that lies in this table; what is known already stays where it is."""
+        """Remembers the whole pages of a text that lies in this table. Of what was known already the table gives its own
+        copies back and shares the tree's, so that whoever uses a page uses those before it, too."""
         if len(ids) > table.length or table.pool is not self.pool:
             raise ValueError(f"the table of this pool holds {table.length} tokens, and {len(ids)} are to be remembered: feed them first")
         whole = blocks(ids, self.pool.page_size)
         node, known = self._walk(whole)
+        path = node.path()
+        self.pool.share(path)
+        self.pool.release(table.pages[:known])
+        table.pages[:known] = path
         if known < len(whole):
             pages = table.pages[known : len(whole)]
             self.pool.share(pages)

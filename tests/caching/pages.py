@@ -146,6 +146,16 @@ class Pages(RuleBasedStateMachine):
         assert sorted(self.pool.free) == [page for page in range(14) if not named[page]]
 
     @invariant()
+    def whoever_uses_a_page_of_the_tree_uses_those_before_it(self):
+        """So what nobody uses can go, from the ends of its leaves."""
+        for node in self.tree.root.all():
+            for page in node.pages:
+                for table in self.tables.values():
+                    if page in table.pages:
+                        path = node.path()
+                        assert table.pages[: path.index(page)] == path[: path.index(page)]
+
+    @invariant()
     def at_most_a_page_less_one_token_is_wasted(self):
         for row, table in self.tables.items():
             assert table.length == len(self.texts[row]) and len(table.pages) == pages_for(table.length, 3)

@@ -96,11 +96,30 @@ def test_a_clock_by_hand():
     assert (c.first, c.done) == (4.0, 4.0) and (d.first, d.done) == (51.0, 51.0)
 
 
+def test_requests_come_in_any_order_and_replies_in_theirs():
+    requests = [Request([1, 2], 2, 90.0), Request([3], 1, 0.0), Request([4], 3, 40.0)]
+    served = serve(decoder(), requests, pages=9, page_size=2, clock=FLAT)
+    assert [r.done for r in served.replies] == [92.0, 1.0, 43.0]
+    assert [r.tokens for r in served.replies] == [alone(decoder(), r) for r in requests]
+
+
 def test_static_batching_by_hand():
     """The third has to wait until the longest of the first two is done, at 5."""
     requests = [Request([1, 2, 3], 3), Request([4], 4), Request([5, 6], 1, 1.5), Request([7], 1, 50.0)]
     served = serve(decoder(), requests, pages=9, page_size=2, most_rows=2, policy="static", clock=FLAT)
     assert [r.done for r in served.replies] == [3.0, 5.0, 6.0, 51.0] and served.passes == 7
+
+
+@pytest.mark.parametrize("policy", ["continuous", "static"])
+def test_a_static_batch_is_computed_whole_until_its_longest_answer_is_done(policy):
+    seen = []
+
+    def counting(run, rows, n):
+        seen.append(rows)
+        return run(), 1.0
+
+    serve(Mute(), [Request([i], n) for i, n in enumerate((2, 5, 3))], pages=9, policy=policy, clock=counting)
+    assert seen == ([3] * 5 if policy == "static" else [3, 3, 2, 1, 1])
 
 
 answers = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -266,6 +285,11 @@ def test_no_new_tokens_and_no_requests_take_no_time():
 def test_settings_that_are_none_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         serve(decoder(), [], **{"pages": 4} | settings)
+
+
+def test_what_is_no_decoder_is_refused():
+    with pytest.raises(ValueError, match="serve needs a decoder that asks a cache for its attention, got Linear: take one that"):
+        serve(nn.Linear(2, 2), [], pages=4)
 
 
 # planted bugs

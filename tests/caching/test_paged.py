@@ -74,6 +74,10 @@ def evict_what_is_read(self, n):
 
 
 
+def insert_that_lets_both_keep_their_copies(self, ids, table, insert=PrefixCache.insert):
+    insert(self, ids, table.fork())
+
+
 @pytest.mark.parametrize(
     "where, name, bug",
     [
@@ -86,6 +90,7 @@ def evict_what_is_read(self, n):
         (Table, "truncate", truncate_that_keeps_the_pages),
         (Table, "truncate", truncate_that_gives_all_back),
         (PrefixCache, "evict", evict_what_is_read),
+        pytest.param(PrefixCache, "insert", insert_that_lets_both_keep_their_copies, marks=pytest.mark.slow),
     ],
 )
 def test_the_machine_notices(monkeypatch, where, name, bug):
@@ -167,6 +172,19 @@ def test_what_another_text_left_in_a_page_is_not_seen_even_where_it_is_no_number
     for row, n in enumerate((2, 5)):
         wanted = torch.cat((line[row : row + 1, :n], line[row : row + 1, :1]), 1)
         assert_equal_logits(seen[row : row + 1], model(wanted)[:, -1:])
+
+
+@torch.no_grad()
+def test_a_short_row_is_filled_up_with_pages_of_its_own():
+    model, pool = decoder(), Pool(page_size=2, pages=12)
+    spoiled = PagedCache(model.rope, pool)
+    model(text(2), spoiled)
+    for layer in pool.layers:
+        layer[:, spoiled.rows[0].pages] = torch.nan
+    cache, line = PagedCache(model.rope, pool), text(8, rows=2)
+    model(line, cache)
+    cache.truncate(torch.tensor([1, 8]))
+    assert_equal_logits(model(line[:, :1], cache)[:1], model(line[:1, [0, 0]])[:, -1:])
 
 
 # a pool that runs out

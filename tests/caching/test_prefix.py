@@ -58,7 +58,7 @@ def test_what_was_found_gives_the_same_logits():
     second[:, :11] = first[:, :11]
     table = Table(pool)
     model(first, PagedCache(model.rope, pool, [table]))
-    tree.insert(first[0].tolist(), table)
+    tree.insert(first[0], table)  # tensors are as good as lists
     found = tree.match(second[0, :-1].tolist())
     assert found.length == 8 and found.pages == table.pages[:2]
     cache = PagedCache(model.rope, pool, [found])
@@ -84,6 +84,19 @@ def test_what_a_text_reads_is_not_evicted_and_a_half_eviction_does_not_happen():
     assert tree.evict(2) == 2 and tree.pages() == 2 and tree.match((1, 2, 3)).length == 2
     del reader
     assert tree.evict(2) == 2 and tree.pages() == 0 and len(tree.pool.free) == 5
+
+
+def test_of_two_that_computed_the_same_one_gives_its_copies_back():
+    """Else the second would use the end of a branch and not its beginning, which then looks idle and cannot go."""
+    tree = PrefixCache(Pool(page_size=1, pages=9))
+    first, second = Table(tree.pool), Table(tree.pool)
+    reserve([first], 3), reserve([second], 4)
+    tree.insert((1, 2, 3), first), tree.insert((1, 2, 3, 4), second)
+    assert second.pages[:3] == first.pages and len(tree.pool.free) == 5
+    del first
+    assert tree.evict(1) == 0 and tree.pages() == 4
+    second.truncate(2)
+    assert tree.evict(3) == 0 and tree.evict(2) == 2
 
 
 def test_a_pool_without_room_takes_from_its_prefix_cache():
