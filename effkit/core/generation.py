@@ -81,6 +81,7 @@ class Cache:
 
     def truncate(self, n: int | Int[Tensor, " b"]) -> None:
         if isinstance(n, Tensor):
+            require_int("n", int(n.min()), 0, hint="it is how many tokens stay in each row")
             lengths = n.clamp(max=self.length if self.lengths is None else self.lengths)
             self.length = int(lengths.max())
             self.lengths = None if (lengths == self.length).all() else lengths

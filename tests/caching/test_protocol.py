@@ -100,6 +100,13 @@ def test_unequal_rows_cannot_be_concatenated():
         cache.truncate(torch.tensor([2, 4]))
 
 
+def test_rows_of_less_than_nothing_are_refused():
+    _, cache = filled(rows=2)
+    with pytest.raises(ValueError, match="n must be a whole number, at least 0, got -1: it is how many tokens stay in each row"):
+        cache.truncate(torch.tensor([-1, 4]))
+    assert cache.length == 5 and cache.lengths is None
+
+
 def test_rows_that_are_equal_again_are_one_length():
     _, cache = filled(rows=2)
     cache.truncate(torch.tensor([2, 4]))
