@@ -107,7 +107,7 @@ def forget(cache: Cache, trunk: int, branch: list[int], proposal: Proposal) -> I
     """Takes back what was rejected; returns the places of what stays."""
     kept = torch.tensor([*range(trunk), *(trunk + place for place in branch)], device=proposal.tokens.device)
     if proposal.parents is None:
-        cache.truncate(cache.length - len(proposal.tokens) + len(branch))
+        cache.truncate(max(0, cache.length - len(proposal.tokens) + len(branch)))  # a cache that keeps nothing has length 0
     else:
         cache.keep(kept)
     return kept
