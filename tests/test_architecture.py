@@ -42,7 +42,7 @@ DEEP = {"quantization", "caching", "speculative"}  # chapters with every method 
 MOST_LINES_OF_THE_LIBRARY = 11_500  # whatever a chapter takes
 MOST_LINES_OF_THE_FRAME = 3_980  # core, measure, zoo, training and the modules beside them: may only be lowered
 #: a study is part of the chapter or theme that it serves
-STUDY_OF = {"pairs": "combining", "quantization": "quantization", "qat": "quantization"}
+STUDY_OF = {"eagle": "speculative", "pairs": "combining", "quantization": "quantization", "qat": "quantization"}
 
 
 def layer(path: Path) -> str:
