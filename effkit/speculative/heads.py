@@ -183,7 +183,7 @@ class TrainedBeside(Technique):
 
     epochs: int = 1
     steps: int | None = None
-    lr: float = 1e-3
+    lr: float = 3e-3
     seed: int = 0
 
     needs = frozenset({DECODER, FEATURES})
