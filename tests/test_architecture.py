@@ -34,7 +34,7 @@ MAY_IMPORT = {
     **{chapter: {"core", "measure", "zoo", chapter} for chapter in PARADIGMS},
 }
 #: pure tensor functions that one chapter takes from another: (from, to)
-BORROWED: set[tuple[str, str]] = set()
+BORROWED = {("caching", "quantization")}  # the affine map, for keys and values of few bits
 #: lines of code (docstrings, comments and blank lines are the book around them); why these: docs/decisions.md
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 250, 40
 MOST_LINES_OF_A_CHAPTER, MOST_LINES_OF_A_DEEP_CHAPTER = 1_100, 1_850

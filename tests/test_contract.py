@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from effkit import catalog, load, save
+from effkit.caching import GroupHeads
 from effkit.combining import QAP
 from effkit.compilation import Compile
 from effkit.core import recipe
@@ -232,7 +233,8 @@ OFF = [
     (Magnitude(0.0), Identity()), (Fisher(0.0), Identity()), (Filters(0.0), Identity()),
     (Magnitude(0.0, pattern="channels"), Identity()), (SVD(keep=1.0), Identity()), (SVD(energy=1.0), Identity()),
     (WhitenedSVD(keep=1.0), Identity()), (WhitenedSVD(energy=1.0), Identity()), (Tucker2(fraction=1.0), Identity()),
-    (Tucker2(energy=1.0), Identity()), (EarlyExit(depth=1.0), Identity()), (QAP(sparsity=0.0), QAT()),
+    (Tucker2(energy=1.0), Identity()), (EarlyExit(depth=1.0), Identity()), (GroupHeads(kv_heads=2), Identity()),
+    (QAP(sparsity=0.0), QAT()),
 ]  # fmt: skip
 
 

@@ -37,11 +37,14 @@ ZERO = {
     "alpha": "one side counts nothing",
     "outliers": "every channel is one",
     "tau": "no threshold",
+    "sinks": "a plain sliding window",
+    "recent": "nobody is spared for being new",
 }
 HUGE = {
     **dict.fromkeys(("epochs", "steps", "iterations"), "that long it takes; a bar says so"),
     **dict.fromkeys(("examples", "group_size", "gamma", "ngram"), "as many as there are"),
-    "rank": "a layer knows how many it has",
+    **dict.fromkeys(("window", "sinks", "budget", "residual"), "all of the text"),
+    **dict.fromkeys(("rank", "kv_heads"), "a layer knows how many it has"),
     "interval": "once a drawing",
     "capacity": "nothing is forgotten",
     "lr": "training says when the loss is no number",

@@ -1,4 +1,4 @@
-"""What every exact cache owes to a decoder. A maker is (model, capacity) -> an empty cache."""
+"""What caches owe to a decoder, the exact ones and, at the end, the lossy ones. A maker is (model, capacity) -> an empty cache."""
 
 import torch
 
@@ -61,3 +61,26 @@ def rows_of_unequal_length_equal_one_by_one(maker, lengths=(3, 7, 1), new=4, bac
         if stage == 0:
             at = at + new - torch.tensor(back)
             cache.truncate(at)
+
+
+def passes_do_not_matter(maker, length=60, sizes=(1, 7, 3, 20), first=0, kv_heads=2, dtype=torch.float64, rows=2):
+    """Behind a first pass, a prompt, however the text is cut."""
+    model, ids = decoder(dtype=dtype, kv_heads=kv_heads), text(length, rows=rows)
+    whole = chunked(model, maker(model, length), ids, [first])
+    assert_equal_logits(chunked(model, maker(model, length), ids, [first, *sizes]), whole)
+    assert_equal_logits(chunked(model, maker(model, length), ids, [first, *[1] * length]), whole)
+
+
+def what_a_draft_takes_back_leaves_no_trace(maker, length=40, sizes=(9, 1, 1, 1), back=3, first=0, dtype=torch.float64):
+    """Wherever passes ended; and emptied altogether, it is as new."""
+    model, one, other = decoder(dtype=dtype), text(length, seed=1), text(length + 9, seed=2)
+    cache = maker(model, length)
+    chunked(model, cache, one, [first, length - first - sum(sizes), *sizes])
+    cache.truncate(length - back)
+    assert cache.length == length - back
+    regrown = torch.cat((one[:, : length - back], other[:, length - back :]), dim=1)
+    wanted = chunked(model, maker(model, length), regrown, [first])
+    assert_equal_logits(chunked(model, cache, regrown, [2, 1]), wanted[:, length - back :])
+    cache.truncate(0)
+    assert cache.length == 0
+    assert_equal_logits(chunked(model, cache, regrown, [first, 4]), wanted)

@@ -1,16 +1,20 @@
-"""The cache's protocol: lines, trees, rows of unequal length; a new exact cache is one more entry of EXACT."""
+"""The cache's protocol: lines, trees, rows of unequal length; a new exact cache is one more entry of EXACT, a lossy one of
+LOSSY."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effkit.caching import H2O, QuantizedKV, SnapKV, Window
 from effkit.caching.kv import PreallocatedCache
+from effkit.caching.lossy import BACK
 from effkit.caching.paged import PagedCache, Pool
 from effkit.core import generation
-from effkit.core.generation import ConcatCache, NoCache, ancestry
+from effkit.core.generation import ConcatCache, NoCache, Sampler, ancestry
+from effkit.speculative import EarlyExit, PromptLookup, Speculative
 from tests.caching import laws
-from tests.caching.decoders import decoder, text
+from tests.caching.decoders import chunked, decoder, text
 
 EXACT = {
     "concatenated": lambda model, capacity: ConcatCache(model.rope),
@@ -23,6 +27,29 @@ kinds, dtypes = st.sampled_from(sorted(EXACT)), st.sampled_from([torch.float64, 
 trees = st.lists(st.integers(0, 99), min_size=1, max_size=9).map(lambda s: [x % (i + 1) - 1 for i, x in enumerate(s)])
 chunks, ratios = st.lists(st.integers(1, 9), max_size=6), st.sampled_from([1, 2, 4])
 rows = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=4)
+
+#: so small that a text of 60 tokens is far beyond them
+LOSSY = {
+    "window": Window(window=8, sinks=2),
+    "sliding": Window(window=5, sinks=0),
+    "heavy": H2O(budget=7, recent=3),
+    "heavy in the mean": H2O(budget=6, recent=1, score="mean"),
+    "prompt": SnapKV(budget=6, window=2, kernel=3),
+    "int8": QuantizedKV(bits=8, group=8, residual=1),
+    "int2": QuantizedKV(bits=2, group=8, residual=5),
+    "by token": QuantizedKV(bits=3, keys="token", group=8, residual=3),
+}
+#: the same, and larger than any text here
+WHOLE = [Window(99, 3), Window(99, 0), H2O(99, 5), H2O(99, 99), SnapKV(99, 4), QuantizedKV(2, residual=99)]
+TREELESS = ("H2O",)
+#: the first pass, which SnapKV takes for the prompt
+FIRST = {"prompt": 11}
+lossy = st.sampled_from(sorted(LOSSY))
+
+
+def lossy_maker(technique):
+    """Its caches, for any model."""
+    return lambda model, capacity: technique.rewrite_(model, None).new_cache(capacity=capacity)
 
 
 @settings(max_examples=40)
@@ -56,6 +83,82 @@ def test_without_a_cache_the_whole_text_is_part_of_the_tree():
 def test_rows_of_unequal_length_equal_one_by_one(kind, rows, new, dtype):
     lengths, back = zip(*rows, strict=True)
     laws.rows_of_unequal_length_equal_one_by_one(EXACT[kind], lengths, new, [min(b, new) for b in back], dtype)
+
+
+# what is lossy
+
+
+@settings(max_examples=40)
+@given(kind=lossy, length=st.integers(1, 70), sizes=chunks, kv_heads=ratios, rows=st.integers(1, 3))
+def test_what_a_token_sees_does_not_depend_on_passes(kind, length, sizes, kv_heads, rows):
+    laws.passes_do_not_matter(lossy_maker(LOSSY[kind]), length, sizes, FIRST.get(kind, 0), kv_heads, rows=rows)
+
+
+@pytest.mark.parametrize("kind", ["window", "sliding", "prompt", "heavy"])
+def test_in_float32_too(kind):
+    """Where numbers are rounded, one that lies between two codes may go either way."""
+    laws.passes_do_not_matter(lossy_maker(LOSSY[kind]), first=FIRST.get(kind, 0), dtype=torch.float32)
+
+
+@settings(max_examples=40)
+@given(kind=lossy, length=st.integers(30, 60), sizes=st.lists(st.integers(1, 4), max_size=4), back=st.integers(0, BACK))
+def test_what_a_draft_takes_back_leaves_no_trace(kind, length, sizes, back):
+    first = FIRST.get(kind, 0)
+    laws.what_a_draft_takes_back_leaves_no_trace(lossy_maker(LOSSY[kind]), length, sizes, min(back, length - first), first)
+
+
+@pytest.mark.parametrize("technique", WHOLE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_budget_as_large_as_the_text_is_exact(technique, dtype):
+    maker = lossy_maker(technique)
+    for sizes in ([40], [1] * 40, [9, 1, 4]):
+        laws.equals_recomputed(maker, 40, sizes, dtype=dtype)
+    laws.taken_back_leaves_no_trace(maker, 12, 5, dtype=dtype)
+    if type(technique).__name__ not in TREELESS:
+        laws.a_tree_says_what_its_branches_say(maker, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSY))
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+def test_greedy_speculation_over_what_is_lossy_is_plain_decoding_over_it(kind, gamma):
+    """With its own kind of cache for the draft, and rows one after another."""
+    model, ids = LOSSY[kind](decoder(context=256)), text(12, rows=2)
+    greedy = Sampler(temperature=0.0)
+    plain = model.generate(ids, 50, sampler=greedy)
+    assert not torch.equal(plain, decoder(context=256).generate(ids, 50, sampler=greedy)) or kind == "int8"
+    for strategy in (PromptLookup(gamma=gamma), Speculative(EarlyExit(0.5), gamma=gamma)):
+        assert torch.equal(strategy(model).generate(ids, 50, sampler=greedy), plain)
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSY))
+def test_what_is_gone_is_not_asked_for(kind):
+    model = LOSSY[kind](decoder())
+    cache, ids = model.new_cache(capacity=60), text(60, rows=2)
+    chunked(model, cache, ids, [11, 30, 1, 1])
+    length, held = cache.length, cache.nbytes()
+    with pytest.raises(ValueError, match=r"can be taken back to \d+ tokens and not to 5, what they saw is gone: feed the text"):
+        cache.truncate(5)
+    with pytest.raises(ValueError, match=r"have one length, got \[50, 51\]: generate row by row"):
+        cache.truncate(torch.tensor([50, 51]))
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        cache.truncate(-1)
+    assert (cache.length, cache.nbytes()) == (length, held)
+    cache.truncate(torch.tensor([99, 88]))
+    assert cache.length == 60
+    cache.truncate(torch.tensor([59, 59]))
+    assert cache.length == 59
+    with pytest.raises(ValueError, match="holds 2 rows and got 1: make a new one"):
+        model(text(1), cache)
+
+
+def test_a_tree_where_none_can_be_is_refused_before_anything_changed():
+    for technique, match in ((H2O(7, 3), "H2O cannot follow the branches"), (QuantizedKV(residual=2), r"a tree of 3 tokens is larger than the 2")):
+        model = technique(decoder())
+        cache = model.new_cache(capacity=20)
+        model(text(9), cache)
+        with pytest.raises(ValueError, match=match):
+            model(text(3), cache, torch.tensor([-1, 0, 0]))
+        assert cache.length == 9
 
 
 # bad input
