@@ -84,3 +84,18 @@ def what_a_draft_takes_back_leaves_no_trace(maker, length=40, sizes=(9, 1, 1, 1)
     cache.truncate(0)
     assert cache.length == 0
     assert_equal_logits(chunked(model, cache, regrown, [first, 4]), wanted)
+
+
+@torch.no_grad()
+def a_tree_says_what_its_lines_say(maker, parents=(-1, 0, 0, 2, -1, 4), held=40, first=0, dtype=torch.float64):
+    """Over a cache of its own kind, since what is recomputed sees more."""
+    model, before, tokens, after = decoder(dtype=dtype), text(held, seed=1), text(len(parents), seed=2), text(9, seed=3)
+    for way in branches(list(parents)):
+        cache = maker(model, held)
+        chunked(model, cache, before, [first, 9])
+        logits = model(tokens, cache, torch.tensor(parents))
+        cache.keep(torch.tensor(way))
+        line = torch.cat((before, tokens[:, way], after), dim=1)
+        wanted = chunked(model, maker(model, held), line, [first])[:, held:]
+        assert_equal_logits(logits[:, way], wanted[:, : len(way)])
+        assert_equal_logits(chunked(model, cache, line, [2]), wanted[:, len(way) :])

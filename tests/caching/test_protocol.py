@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effkit.caching import H2O, QuantizedKV, SnapKV, Window
+from effkit.caching.evict import WindowCache
 from effkit.caching.kv import PreallocatedCache
-from effkit.caching.lossy import BACK
+from effkit.caching.lossy import BACK, LossyCache
 from effkit.caching.paged import PagedCache, Pool
 from effkit.core import generation
 from effkit.core.generation import ConcatCache, NoCache, Sampler, ancestry
@@ -128,6 +129,13 @@ def test_greedy_speculation_over_what_is_lossy_is_plain_decoding_over_it(kind, g
     assert not torch.equal(plain, decoder(context=256).generate(ids, 50, sampler=greedy)) or kind == "int8"
     for strategy in (PromptLookup(gamma=gamma), Speculative(EarlyExit(0.5), gamma=gamma)):
         assert torch.equal(strategy(model).generate(ids, 50, sampler=greedy), plain)
+
+
+@settings(max_examples=25)
+@given(kind=st.sampled_from(["window", "sliding", "prompt", "tree"]), parents=trees, held=st.integers(12, 50))
+def test_a_tree_over_what_is_lossy_says_what_its_lines_say(kind, parents, held):
+    technique = QuantizedKV(bits=2, group=8, residual=len(parents)) if kind == "tree" else LOSSY[kind]
+    laws.a_tree_says_what_its_lines_say(lossy_maker(technique), parents, held, FIRST.get(kind, 0))
 
 
 @pytest.mark.parametrize("kind", sorted(LOSSY))
@@ -255,3 +263,20 @@ def test_a_branch_that_is_not_moved_is_noticed(monkeypatch):
     monkeypatch.setattr(PreallocatedCache, "move", lambda self, start, index: None)
     with pytest.raises(AssertionError):
         laws.a_tree_says_what_its_branches_say(EXACT["preallocated"])
+
+
+@pytest.mark.parametrize("where, name, bug", [
+    (LossyCache, "move", lambda self, start, index: None),
+    (LossyCache, "among", lambda self, n: torch.ones(n, n, dtype=torch.bool).tril()),
+    (WindowCache, "move", LossyCache.move),
+])  # fmt: skip
+def test_a_lossy_tree_that_errs_is_noticed(monkeypatch, where, name, bug):
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises((AssertionError, RuntimeError)):
+        laws.a_tree_says_what_its_lines_say(lossy_maker(LOSSY["window"]))
+
+
+def test_a_draft_s_cache_that_takes_nothing_back_is_noticed(monkeypatch):
+    monkeypatch.setattr(LossyCache, "cut", lambda self, gone: None)
+    with pytest.raises((AssertionError, RuntimeError)):
+        laws.what_a_draft_takes_back_leaves_no_trace(lossy_maker(LOSSY["int8"]))
