@@ -5,7 +5,9 @@ speculate    draft and verify; Speculative, speculative_generate
 draft        what is asked of a draft, what it shares with the target
 law          tokens a pass, speed-up, the best gamma, and one that adapts
 lookup       PromptLookup: the text's own repetitions as draft
-self_draft   EarlyExit: the target's first layers as draft
+jacobi       Jacobi, Lookahead: the target's own guesses, refined, or read off as n-grams
+self_draft   EarlyExit, SkipLayers: some of the target's layers as draft
+tree         SpeculativeTree: a draft that branches
 heads        Medusa: heads on the target's last state, trained; a tree of what they guess
 eagle        Eagle: a block, trained, that predicts the target's states
 """
@@ -13,11 +15,16 @@ eagle        Eagle: a block, trained, that predicts the target's states
 from effkit.core.showcase import Exhibit, Showcase
 from effkit.speculative.eagle import Eagle
 from effkit.speculative.heads import Medusa
+from effkit.speculative.jacobi import Jacobi, Lookahead
 from effkit.speculative.lookup import PromptLookup
-from effkit.speculative.self_draft import EarlyExit
+from effkit.speculative.self_draft import EarlyExit, SkipLayers
 from effkit.speculative.speculate import Speculative, speculative_generate
+from effkit.speculative.tree import SpeculativeTree
 
-__all__ = ["SHOWCASE", "Eagle", "EarlyExit", "Medusa", "PromptLookup", "Speculative", "speculative_generate"]
+__all__ = [
+    "SHOWCASE", "Eagle", "EarlyExit", "Jacobi", "Lookahead", "Medusa", "PromptLookup", "SkipLayers", "Speculative", "SpeculativeTree",
+    "speculative_generate",
+]  # fmt: skip
 
 SHOWCASE = Showcase(
     "speculative", (Exhibit("gpt-small", PromptLookup, work="decode"), Exhibit("gpt-small", Speculative, work="decode"))

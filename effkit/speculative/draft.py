@@ -36,13 +36,15 @@ def vocabulary(decoder: nn.Module) -> int:
 
 
 def share(draft: nn.Module, target: nn.Module) -> None:
-    """What the draft has unchanged becomes the target's own tensor: held once, and written to a file once."""
+    """What the draft has unchanged becomes the target's own tensor: held once, and written to a file once. A matrix may
+    have moved, as in a block that follows one that was left out."""
     theirs = dict(target.named_parameters(remove_duplicate=False))
     for path, module in draft.named_modules():
         for name, mine in module._parameters.items():
-            twin = theirs.get(f"{path}.{name}" if path else name)
-            if mine is not None and twin is not None and _same(mine, twin):
-                module._parameters[name] = twin
+            if mine is not None:
+                here = theirs.get(f"{path}.{name}" if path else name)
+                anywhere = theirs.values() if mine.dim() > 1 else ()  # vectors may be alike without being the same
+                module._parameters[name] = next((twin for twin in (here, *anywhere) if twin is not None and _same(mine, twin)), mine)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

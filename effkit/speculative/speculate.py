@@ -221,37 +221,26 @@ class SpeculativeDecoding(Proposing):
 
 
 @dataclass(frozen=True)
-class Speculative(Technique):
-    """The decoder generates with a draft; its weights and what it writes stay the same.
+class Drafted(Technique):
+    """What techniques have in common that bring a decoder as draft.
 
     draft   makes the draft from the target, such as RTN(bits=3), or brings one: Use("gpt-draft")
-    gamma   tokens that are proposed at a time
-    cost    a pass of the draft, in passes of the target: where it is given, gamma adapts to what is accepted, up to the
-            gamma above, and nothing is proposed where that would not pay
     """
 
     draft: Technique = EarlyExit(0.5)
-    gamma: int = 4
-    cost: float | None = None
-
-    paper = Paper("Leviathan et al.", 2022, "Fast inference from transformers via speculative decoding",
-                  "arXiv:2211.17192", "algorithm 1")  # fmt: skip
 
     def __post_init__(self):
         if not isinstance(self.draft, Technique):
             how = "such as RTN(bits=3) or Use('gpt-small')"
             raise ValueError(f"draft must be a technique that makes it from the target, {how}, got {self.draft!r}")
-        require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
-        if self.cost is not None:
-            require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="slower than 1 never pays; None keeps gamma")
 
     # the draft is a part of the model: where it is packed or masked, so is the model
     needs = property(lambda self: self.draft.needs | {DECODER})
     breaks = property(lambda self: self.draft.breaks - {DECODER})
 
-    def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
+    def drafting(self, model: nn.Module, task: Task, decoding: SpeculativeDecoding, how: str) -> nn.Module:
+        """The decoder, generating with its draft from now on."""
         model.decoding = Autoregressive()  # an older draft is not made a part of the new one
-        decoding = SpeculativeDecoding(self.gamma, self.cost)
         decoding.draft = self.draft(model, task)
         if not DECODER.holds(decoding.draft):
             kind = type(decoding.draft).__name__
@@ -259,7 +248,7 @@ class Speculative(Technique):
         check_draft(model, decoding.draft, 0)
         share(decoding.draft, model)
         model.decoding = decoding.train(model.training)
-        note(model, "decoding", f"drafts by {self.draft!r}, {self.gamma} at a time", "Speculative")
+        note(model, "decoding", f"drafts by {self.draft!r}, {how}", type(self).__name__)
         return model
 
     def claim(self, model: nn.Module) -> Reading:
@@ -267,3 +256,28 @@ class Speculative(Technique):
         draft = model.decoding.draft  # type: ignore[union-attr]
         share_of = tensor_bytes(draft) / tensor_bytes(model, without=draft)  # type: ignore[arg-type]
         return Reading(share_of, "of the target's bytes", "counted", better="lower")
+
+
+@dataclass(frozen=True)
+class Speculative(Drafted):
+    """The decoder generates with a draft; its weights and what it writes stay the same.
+
+    gamma   tokens that are proposed at a time
+    cost    a pass of the draft, in passes of the target: where it is given, gamma adapts to what is accepted, up to the
+            gamma above, and nothing is proposed where that would not pay
+    """
+
+    gamma: int = 4
+    cost: float | None = None
+
+    paper = Paper("Leviathan et al.", 2022, "Fast inference from transformers via speculative decoding",
+                  "arXiv:2211.17192", "algorithm 1")  # fmt: skip
+
+    def __post_init__(self):
+        require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
+        if self.cost is not None:
+            require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="slower than 1 never pays; None keeps gamma")
+        super().__post_init__()
+
+    def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
+        return self.drafting(model, task, SpeculativeDecoding(self.gamma, self.cost), f"{self.gamma} at a time")
