@@ -74,7 +74,7 @@ class LossyCache(ConcatCache):
                 raise ValueError(f"the rows of a {name} have one length, got {rows.tolist()}: {how}")
             n = int(rows[0])
         if 0 < n < min(self.least(), self.length):
-            how = "feed the text to a new one, or take another cache for a draft"
+            how = f"feed the text to a new one, or propose at most {BACK} tokens at a time"
             raise ValueError(f"this {name} can be taken back to {self.least()} tokens and not to {n}, what they saw is gone: {how}")
         before = self.length
         Cache.truncate(self, n)
