@@ -8,11 +8,13 @@ lookup       PromptLookup: the text's own repetitions as draft
 jacobi       Jacobi, Lookahead: the target's own guesses, refined, or read off as n-grams
 self_draft   EarlyExit, SkipLayers: some of the target's layers as draft
 tree         SpeculativeTree: a draft that branches
+batch        speculative_batch: several texts in one pass
 heads        Medusa: heads on the target's last state, trained; a tree of what they guess
 eagle        Eagle: a block, trained, that predicts the target's states
 """
 
 from effkit.core.showcase import Exhibit, Showcase
+from effkit.speculative.batch import speculative_batch
 from effkit.speculative.eagle import Eagle
 from effkit.speculative.heads import Medusa
 from effkit.speculative.jacobi import Jacobi, Lookahead
@@ -23,7 +25,7 @@ from effkit.speculative.tree import SpeculativeTree
 
 __all__ = [
     "SHOWCASE", "Eagle", "EarlyExit", "Jacobi", "Lookahead", "Medusa", "PromptLookup", "SkipLayers", "Speculative", "SpeculativeTree",
-    "speculative_generate",
+    "speculative_batch", "speculative_generate",
 ]  # fmt: skip
 
 SHOWCASE = Showcase(
