@@ -212,7 +212,9 @@ REFUSED = {
     "exceed the model's context of 128": lambda m: speculative_batch(m, m, [text(3)[0], text(126)[0]], 4),
     "the draft has a vocabulary of 16 tokens and the target one of 32": lambda m: speculative_batch(m, Preallocated()(learned()), text(3), 4),
     "the draft reads at most 6 tokens and this text may have 7": lambda m: speculative_batch(m, Preallocated()(decoder(context=6)), text(3), 4),
-    r"the target's ConcatCache does not hold rows of unequal length: .* such as Preallocated\(\)\(model\)": lambda m: speculative_batch(decoder(), m, text(3, rows=2), 4),
+    r"the target's ConcatCache does not hold .*: give it one that does, such as Preallocated\(\)\(model\)": (
+        lambda m: speculative_batch(decoder(), m, text(3, rows=2), 4)
+    ),
     "the draft's ConcatCache does not hold rows of unequal length": lambda m: speculative_batch(m, decoder(), text(3, rows=2), 4),
     r"the target's NoCache does not hold rows of unequal length: .*\(it keeps nothing\)": lambda m: speculative_batch(Recompute()(m), m, text(3, rows=2), 4),
 }
