@@ -90,13 +90,30 @@ def insert_that_lets_both_keep_their_copies(self, ids, table, insert=PrefixCache
         (Table, "truncate", truncate_that_keeps_the_pages),
         (Table, "truncate", truncate_that_gives_all_back),
         (PrefixCache, "evict", evict_what_is_read),
-        pytest.param(PrefixCache, "insert", insert_that_lets_both_keep_their_copies, marks=pytest.mark.slow),
     ],
 )
 def test_the_machine_notices(monkeypatch, where, name, bug):
     monkeypatch.setattr(where, name, bug)
     with pytest.raises((AssertionError, IndexError, KeyError)):
         pages.run()
+
+
+def twins_share_the_tree_s_pages():
+    """Two texts that begin alike, each computed on its own: the second's copies give way to the tree's pages."""
+    machine = pages.Pages()
+    for row, n in ((1, 3), (2, 6)):
+        machine.allocate()
+        machine.feed({row: [0] * n}, n)
+        machine.tree.insert(machine.texts[row], machine.tables[row])
+        machine.no_page_leaks()
+        machine.whoever_uses_a_page_of_the_tree_uses_those_before_it()
+
+
+def test_twins_share_the_tree_s_pages(monkeypatch):
+    twins_share_the_tree_s_pages()
+    monkeypatch.setattr(PrefixCache, "insert", insert_that_lets_both_keep_their_copies)
+    with pytest.raises(AssertionError):
+        twins_share_the_tree_s_pages()
 
 
 def test_the_machine_notices_pages_that_are_taken_before_all_are_there(monkeypatch):
