@@ -56,11 +56,16 @@ class Plan:
     """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good."""
 
     def __init__(self, weights: list[list[Tensor]], eps: list[float]):
-        self.weights, self.eps = weights, eps
+        self.source, self.eps = [t for block in weights for t in block], eps
+        self.weights = [[t.detach() for t in block] for block in weights]  # their storage; a cast gives a parameter another
         self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
-        flat = [t for block in weights for t in block]
+        flat = self.source
         self.arrays = ((_P * len(flat))(*pointers(*flat)), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
                        (_F * len(eps))(*eps))  # fmt: skip
+
+    def good(self) -> bool:
+        """Whether the weights still lie where they lay."""
+        return pointers(*self.source) == list(self.arrays[0])
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype) -> "Plan | None":
@@ -85,6 +90,8 @@ class FusedCache(PreallocatedCache):
         """All blocks, in place on the residual stream; what is kept has the dtype."""
         (texts, n, width), d, count = stream.shape, self.rope.head_dim, len(plan.sizes)
         held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
+        if any(buffer.dtype != dtype for buffer in held):
+            raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
         kept = (_P * (2 * count))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
         cosine, sine = (t.float() for t in self.tables)
         mask = None if self.mask is None else self.mask.contiguous()
@@ -133,7 +140,7 @@ class Fusing(InOrder):
         plan = planned(model, x.dtype, cache) if library else None
         if library is None or plan is None:
             return super().forward(model, x, cache)
-        stream = x.to(torch.float32, copy=True)
+        stream = x.to(torch.float32, copy=True).contiguous()
         through(library, plan, stream, x.dtype, cache)
         return stream.to(x.dtype)
 
@@ -159,7 +166,7 @@ def planned(model: nn.Module, dtype: torch.dtype, cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
     kernels. Whoever hangs a hook into a model in the middle of a text begins the text anew."""
     known = cache.__dict__.setdefault("plans", {})
-    if dtype not in known:
+    if dtype not in known or (known[dtype] is not None and not known[dtype].good()):
         known[dtype] = Plan.of(model, dtype)
     return known[dtype]
 

@@ -297,3 +297,17 @@ def test_sampling_draws_from_the_same_distribution():
     model = decoder(dtype=torch.float32)
     draws = [m.generate(text(4), 20, sampler=Sampler(0.8), rng=torch.Generator().manual_seed(3)) for m in (model, Fused()(model))]
     assert torch.equal(*draws)
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_in_the_middle_of_a_text_is_read_where_it_lies():
+    model = Fused()(decoder(dtype=torch.bfloat16))
+    cache = model.new_cache(capacity=9)
+    model(text(4), cache)
+    model.float()
+    with pytest.raises(ValueError, match="this cache holds torch.bfloat16 and the model is torch.float32 now"):
+        model(text(1), cache)
+    model, cache = model.bfloat16(), model.new_cache(capacity=9)
+    model(text(4), cache)
+    model.float().bfloat16()
+    assert torch.equal(model(text(1, seed=3), cache), chunked(model, model.new_cache(capacity=9), torch.cat((text(4), text(1, seed=3)), 1), [4])[:, 4:])
