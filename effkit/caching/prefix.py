@@ -54,6 +54,12 @@ class Node:
         """The pages from the root to its end."""
         return self.parent.path() + self.pages if self.parent else []
 
+    def needed(self, references: Sequence[int]) -> int:
+        """How many pages of its edge and behind it are read by a text, or lie before one that is."""
+        behind = sum(child.needed(references) for child in self.children.values())
+        read = [i for i, page in enumerate(self.pages, 1) if references[page] > 1]
+        return behind + (len(self.pages) if behind else max(read, default=0))
+
     def all(self) -> "Iterator[Node]":
         yield self
         for child in self.children.values():
@@ -84,7 +90,7 @@ class PrefixCache:
 
     def insert(self, ids: Sequence[int], table: Table) -> None:
         """Remembers the whole pages of a text that lies in this table. Of what was known already the table gives its own
-        copies back and shares the tree's, so that whoever uses a page uses those before it, too."""
+        copies back and shares the tree's."""
         if len(ids) > table.length or table.pool is not self.pool:
             raise ValueError(f"the table of this pool holds {table.length} tokens, and {len(ids)} are to be remembered: feed them first")
         whole = blocks(ids, self.pool.page_size)
@@ -100,8 +106,9 @@ class PrefixCache:
 
     def evict(self, pages: int) -> int:
         """Gives so many pages back to the pool, from the ends of leaves; none where fewer are idle, which is to say that
-        no text uses them."""
-        if pages > sum(self.pool.references[page] == 1 for node in self.root.all() for page in node.pages):
+        no text reads them or one behind them. (A text that was forked before the other half was inserted may read a
+        page of the tree behind copies of its own.)"""
+        if pages > self.pages() - self.root.needed(self.pool.references):
             return 0
         for _ in range(pages):
             ends = [n for n in self.root.all() if n.pages and not n.children and self.pool.references[n.pages[-1]] == 1]

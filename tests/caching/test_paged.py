@@ -11,7 +11,7 @@ import effkit
 from effkit.caching import paged
 from effkit.caching.cost import kv_bytes
 from effkit.caching.paged import Paged, PagedCache, PagesExhausted, Pool, Table, pages_for, reserve, waste
-from effkit.caching.prefix import PrefixCache
+from effkit.caching.prefix import Node, PrefixCache
 from effkit.caching.streams import stream
 from effkit.core.generation import ConcatCache, Sampler
 from tests.caching import laws, pages
@@ -74,6 +74,10 @@ def evict_what_is_read(self, n):
 
 
 
+def needed_that_looks_at_no_path(self, references):
+    return sum(references[page] > 1 for node in self.all() for page in node.pages)
+
+
 def insert_that_lets_both_keep_their_copies(self, ids, table, insert=PrefixCache.insert):
     insert(self, ids, table.fork())
 
@@ -98,22 +102,38 @@ def test_the_machine_notices(monkeypatch, where, name, bug):
         pages.run()
 
 
-def twins_share_the_tree_s_pages():
-    """Two texts that begin alike, each computed on its own: the second's copies give way to the tree's pages."""
+def forks_of_twins():
+    """Two texts that begin alike, each computed on its own, the second forked before it was inserted: its fork reads the
+    end of the tree's branch behind its own copy of the beginning, which must stay though no text reads it."""
     machine = pages.Pages()
     for row, n in ((1, 3), (2, 6)):
         machine.allocate()
         machine.feed({row: [0] * n}, n)
-        machine.tree.insert(machine.texts[row], machine.tables[row])
+    machine.tree.insert(machine.texts[1], machine.tables[1])
+    machine.add(machine.texts[2], machine.tables[2].fork())
+    machine.tree.insert(machine.texts[2], machine.tables[2])
+    assert machine.tables[2].pages[0] == machine.tables[1].pages[0] != machine.tables[3].pages[0]
+    for row, idle in ((1, 0), (2, 0), (3, 2)):
+        del machine.tables[row], machine.texts[row]
+        assert machine.idle() == idle
+        for n in (3, 2, 1):
+            machine.evict(n)
         machine.no_page_leaks()
-        machine.whoever_uses_a_page_of_the_tree_uses_those_before_it()
 
 
-def test_twins_share_the_tree_s_pages(monkeypatch):
-    twins_share_the_tree_s_pages()
-    monkeypatch.setattr(PrefixCache, "insert", insert_that_lets_both_keep_their_copies)
-    with pytest.raises(AssertionError):
-        twins_share_the_tree_s_pages()
+@pytest.mark.parametrize(
+    "where, name, bug",
+    [
+        (PrefixCache, "insert", insert_that_lets_both_keep_their_copies),
+        (Node, "needed", needed_that_looks_at_no_path),
+        (Node, "needed", lambda self, references: 0),
+    ],
+)
+def test_forks_of_twins(monkeypatch, where, name, bug):
+    forks_of_twins()
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises((AssertionError, ValueError)):
+        forks_of_twins()
 
 
 def test_the_machine_notices_pages_that_are_taken_before_all_are_there(monkeypatch):

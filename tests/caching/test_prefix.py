@@ -87,7 +87,7 @@ def test_what_a_text_reads_is_not_evicted_and_a_half_eviction_does_not_happen():
 
 
 def test_of_two_that_computed_the_same_one_gives_its_copies_back():
-    """Else the second would use the end of a branch and not its beginning, which then looks idle and cannot go."""
+    """Else the same page would be held twice for as long as the second text is read."""
     tree = PrefixCache(Pool(page_size=1, pages=9))
     first, second = Table(tree.pool), Table(tree.pool)
     reserve([first], 3), reserve([second], 4)
