@@ -5,9 +5,10 @@ Problem   With a cache, writing a token is a few million macs, and hundreds of o
 Idea      One kernel from the residual stream to queries, keys and values, one for attention over the cache, one from
           there back to the residual stream (decoder.c). A row of weights is read once and meets all tokens.
 Exact     A number is summed in the same order however many tokens pass, so that a block of tokens gives bit for bit what
-          one by one gives: greedy speculation is identical in bfloat16, too. Between blocks, the stream is float32.
-Limit     Few tokens: from some 32 on, a library's products are better. Layers that are no plain nn.Linear, hooks,
-          gradients, a GPU, no C compiler: the blocks run in order, as before.
+          one by one gives, and greedy speculation is identical in bfloat16, too: for one text of its own cache and at
+          most 31 proposals a pass, for what is longer goes another way. Between blocks, the stream is float32.
+Limit     Few tokens: from some 32 on, a library's products are better. Layers that are no plain nn.Linear, hooks, those
+          who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
           nondeterminism in LLM inference" (kernels that do not depend on the batch).
 """
@@ -16,6 +17,7 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -119,16 +121,31 @@ def weights(block: nn.Module, dtype: torch.dtype) -> list[Tensor] | None:
         linear = type(layer) is nn.Linear and layer.bias is None
         if not (linear or (type(layer) is nn.RMSNorm and layer.eps is not None)):
             return None
-        if layer.weight.dtype != dtype or not layer.weight.is_contiguous():
+        if layer.weight.dtype != dtype or not readable(layer.weight):
             return None
-    return [layer.weight for layer in layers]
+    held = [layer.weight for layer in layers]
+    width, queries, keys, hidden = (len(held[i]) for i in (0, 1, 2, 6))
+    inward, outward = (width, queries), (width, hidden)
+    shapes = [(width,), (queries, width), *[(keys, width)] * 2, inward, (width,), *[(hidden, width)] * 2, outward]
+    return held if [tuple(t.shape) for t in held] == shapes else None
+
+
+def readable(weight: Tensor) -> bool:
+    """Whether its numbers lie one behind another where its pointer says."""
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def few(x: Float[Tensor, "b n d"]) -> bool:
     """Whether the kernels take this input."""
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and type(x) is Tensor
-    quiet = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    quiet = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or listened())
     return plain and quiet and 0 < x.shape[0] * x.shape[1] <= FEW
+
+
+def listened() -> bool:
+    """Whether somebody traces, counts operators or hooks all modules: kernels would do their work unheard."""
+    hooked = torch.nn.modules.module._has_any_global_hook()
+    return hooked or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @stored
@@ -146,8 +163,9 @@ class Fusing(InOrder):
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n vocab"]:
         layer: Any = model.embedding if model.head is None else model.head
-        library = kernels() if few(features) and untouched(layer) else None
-        if library is None or layer.weight.dtype != features.dtype:
+        fits = few(features) and untouched(layer) and layer.weight.shape[1:] == features.shape[2:]
+        library = kernels() if fits and layer.weight.dtype == features.dtype else None
+        if library is None:
             return super().logits(model, features)
         x, weight = features.float().contiguous(), layer.weight
         y = x.new_empty(*x.shape[:2], len(weight))
@@ -159,13 +177,16 @@ class Fusing(InOrder):
 def untouched(layer: Any) -> bool:
     """Whether a call of the layer is its weights' product and nothing else."""
     kind = type(layer) in (nn.Linear, nn.Embedding) and getattr(layer, "bias", None) is None
-    return kind and layer.weight.is_contiguous() and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return kind and readable(layer.weight) and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+_plans: WeakKeyDictionary[Cache, dict[torch.dtype, Plan | None]] = WeakKeyDictionary()  # a copied cache begins anew
 
 
 def planned(model: nn.Module, dtype: torch.dtype, cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
     kernels. Whoever hangs a hook into a model in the middle of a text begins the text anew."""
-    known = cache.__dict__.setdefault("plans", {})
+    known = _plans.setdefault(cache, {})
     if dtype not in known or (known[dtype] is not None and not known[dtype].good()):
         known[dtype] = Plan.of(model, dtype)
     return known[dtype]

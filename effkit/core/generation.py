@@ -66,7 +66,7 @@ class Cache:
         if parents is not None and self.lengths is not None:
             raise ValueError("a token tree needs rows of one length: feed it one row at a time")
         start = self.length if self.lengths is None else self.lengths.to(device)[:, None]
-        ancestors = None if parents is None else ancestry(parents.to(device))
+        self.ancestors = ancestors = None if parents is None else ancestry(parents.to(device))
         self.positions = start + (torch.arange(n, device=device) if ancestors is None else ancestors.sum(1) - 1)
         self.tables = self.rope.tables(self.positions, dtype)
         self.mask = visible(self.positions, self.length, ancestors)
@@ -93,7 +93,8 @@ class Cache:
 
     def keep(self, index: Int[Tensor, " k"]) -> None:
         start = self.length - self.fed
-        if self.lengths is not None or (self.positions[index] != start + torch.arange(len(index), device=index.device)).any():
+        line = self.lengths is None and (self.positions[index] == start + torch.arange(len(index), device=index.device)).all()
+        if not line or (self.ancestors is not None and not self.ancestors[index[1:], index[:-1]].all()):
             raise ValueError(f"keep takes a branch of the last pass's tree, root first, of one row; got {index.tolist()}")
         self.move(start, index)
         self.length = start + len(index)
@@ -168,10 +169,10 @@ class ConcatCache(Cache):
         return attention(q, self.keys[layer], self.values[layer], self.mask)
 
     def truncate(self, n) -> None:
-        super().truncate(n)
-        if self.lengths is not None:
+        if isinstance(n, Tensor) and (stay := n.clamp(max=self.length)).unique().numel() > 1:
             how = "a cache that is written in place has room for that: Preallocated()(model, task)"
-            raise ValueError(f"rows of {self.lengths.tolist()} tokens cannot be concatenated: {how}")
+            raise ValueError(f"rows of {stay.tolist()} tokens cannot be concatenated: {how}")
+        super().truncate(n)
         self._map(lambda t: t[:, :, : self.length])
 
     def move(self, start, index):

@@ -101,7 +101,8 @@ class Task:
 def _moved(data: Any, device: torch.device | str, where: str) -> Any:
     """Data on a device: of a list, as of a tuple, each part; else what can move itself."""
     if isinstance(data, list | tuple):
-        return type(data)(_moved(part, device, where) for part in data)
+        parts = [_moved(part, device, where) for part in data]
+        return type(data)(*parts) if hasattr(data, "_fields") else type(data)(parts)  # a namedtuple takes them one by one
     if data is None or hasattr(data, "to"):
         return data if data is None else data.to(device)
     raise ValueError(f"{where} holds a {type(data).__name__}, which cannot be moved to {device}: give Batches(inputs, targets), or a list of such pairs")

@@ -4,7 +4,7 @@
  *
  * Codes made floats cost more than the bytes that they save. Where the processor multiplies bytes (VNNI), x is split, once
  * for all rows, into three: x = step * X, X = 65536 high + 256 middle + low a whole number of 23 bits and a sign, so that x
- * is off by at most 2^-24 of the largest of its group; and a group of weights is three products of bytes.
+ * is off by at most 2^-23 of the largest of its group (a group below 1e-30 becomes 0); and a group of weights is three products of bytes.
  *
  * The zero point: sum (code - zero_point) X = sum code X - zero_point * sum X. Where inputs lie on one side of 0 both parts
  * grow along a row, and their difference does not: as two totals of floats, each rounded at its own size, they lost up to 40

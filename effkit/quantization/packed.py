@@ -3,7 +3,7 @@
 Problem   Reading weights, not arithmetic, limits decoding: fewer bits, fewer bytes to read.
 Idea      Round every weight to the nearest point of its group's grid; keep codes packed, scales in bfloat16.
 Cost      bits + (16 + 8) / group_size bits a weight, 8 less without zero points; no data and no training needed.
-Kernel    A few tokens through 4-bit groups of 32 run in C (packed.c): inputs are off by at most 2^-24 of the largest of their
+Kernel    A few tokens through 4-bit groups of 32 run in C (packed.c): inputs are off by at most 2^-23 of the largest of their
           group, and the product is about as precise as one of float32. Anything else unpacks and multiplies in floats.
 Left out  What the inputs look like, and how errors may cancel.
 Source    Jacob et al. 2017, arXiv:1712.05877, eq. 1; groups as in Dettmers & Zettlemoyer 2022, arXiv:2212.09720.

@@ -59,8 +59,8 @@ class Adaptive:
 
     most, cost, verification   as in best_gamma;  memory   what a pass still counts after the next one
 
-    Where nothing is proposed nothing is learned, so what was learned is forgotten: alpha goes back to 1/2, and after a
-    while it tries again.
+    Where nothing is proposed nothing is learned, so what was learned is forgotten and alpha goes back to 1/2. Where even
+    that does not pay, it tries one proposal all the same, at first and in every 16th pass.
     """
 
     def __init__(self, most: int, cost: float, verification: Callable[[int], float] = one, *, memory: float = 0.9):
@@ -69,6 +69,7 @@ class Adaptive:
         require_float("memory", memory, 0.0, 1.0, open_high=True)
         self.most, self.cost, self.verification, self.memory = most, cost, verification, memory
         self.accepted = self.tested = 0.0
+        self.idle = 0  # passes in a row for which nothing seemed worth proposing
 
     @property
     def alpha(self) -> float:
@@ -76,7 +77,9 @@ class Adaptive:
         return (self.accepted + 1) / (self.tested + 2)
 
     def choose(self) -> int:
-        return best_gamma(self.alpha, self.cost, self.verification, most=self.most)
+        gamma = best_gamma(self.alpha, self.cost, self.verification, most=self.most)
+        self.idle = 0 if gamma else self.idle + 1
+        return gamma or int(self.idle % 16 == 1)
 
     def observe(self, step: Pass) -> None:
         self.accepted = self.memory * self.accepted + step.accepted

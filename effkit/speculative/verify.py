@@ -52,8 +52,8 @@ def residual(p: Float[Tensor, " vocab"], q: Float[Tensor, " vocab"]) -> Float[Te
 
 def accepted(chances: Float[Tensor, " g"], rng: torch.Generator | None) -> int:
     """How many coins in a row come up heads; a chance of 1 or more is certain, one of 0 impossible."""
-    tails = torch.rand(chances.shape, generator=rng, device=chances.device, dtype=chances.dtype) >= chances
-    return int(torch.cat((tails, tails.new_ones(1))).int().argmax())
+    heads = torch.rand(chances.shape, generator=rng, device=chances.device, dtype=chances.dtype) < chances  # never NaN's
+    return int(torch.cat((~heads, heads.new_ones(1))).int().argmax())
 
 
 def verify(

@@ -1,5 +1,7 @@
 """The fused blocks compute what the blocks compute, and the same bits however many tokens pass at once."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,6 +161,7 @@ IN_ORDER = {
     "a mask": lambda model: Magnitude(0.5)(model, Task("none")),
     "double precision": lambda model: model.double(),
     "another kind of norm": lambda model: setattr(model.blocks[0], "ff_norm", nn.LayerNorm(16)) or model,
+    "a hook before": lambda model: model.blocks[0].register_forward_pre_hook(lambda module, args: None) and model,
     "weights in another order": lambda model: setattr(model.blocks[0].ff.up.weight, "data", model.blocks[0].ff.up.weight.data.t().contiguous().t()) or model,
 }
 
@@ -188,6 +191,57 @@ def test_gradients_and_many_tokens_run_in_order(calls):
     assert len(calls) == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows, columns", [(3, 16), (24, 9)])
+def test_weights_of_a_wrong_shape_are_an_error_and_no_memory_of_others(rows, columns):
+    model = Fused()(decoder(dtype=torch.float32))
+    model.blocks[1].ff.up = nn.Linear(columns, rows, bias=False)
+    with pytest.raises(RuntimeError, match="shape|size"):
+        model(text(2))
+    model, other = Fused()(decoder(dtype=torch.float32)), nn.Embedding(32, columns - 3)
+    model.embedding = other
+    with pytest.raises(RuntimeError, match="shape|size"):
+        model.running.logits(model, torch.zeros(1, 1, 16))
+
+
+@torch.no_grad()
+def test_a_kind_of_tensor_of_its_own_is_asked(calls):
+    class Own(torch.Tensor):
+        pass
+
+    model = Fused()(decoder(dtype=torch.float32))
+    layer = model.blocks[0].ff.up
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Own))
+    assert model(text(2)).isfinite().all() and not calls
+
+
+@torch.no_grad()
+def test_who_listens_hears_every_operator(calls):
+    model = Fused()(decoder(dtype=torch.float32))
+    heard = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: heard.append(module))
+    try:
+        model(text(2))
+    finally:
+        hook.remove()
+    assert model.blocks[1].ff.down in heard and not calls
+    model.requires_grad_(False)  # a trace takes them for constants
+    layer = torch.jit.trace(lambda x: model.running.logits(model, x), torch.randn(1, 1, 16))
+    x = torch.randn(1, 2, 16)
+    assert close(layer(x), model.running.logits(model, x))
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_on_as_the_first_would():
+    model = Fused()(decoder(dtype=torch.float32))
+    cache = model.new_cache(capacity=9)
+    model(text(4), cache)
+    again, twin = copy.deepcopy((model, cache))
+    again.blocks[0].ff.up.weight.mul_(2)
+    assert torch.equal(model(text(1), copy.copy(cache)), model(text(1), cache))
+    assert not torch.equal(again(text(1), twin), model(text(1), model.new_cache(capacity=9)))
+
+
 def test_a_hooked_output_layer_is_called():
     model = Fused()(decoder(dtype=torch.float32, tied=False))
     model.head.register_forward_hook(lambda module, args, out: out * 0)
@@ -214,12 +268,34 @@ def test_what_is_not_finite_stays_so():
 
 @torch.no_grad()
 def test_what_a_mask_hides_may_be_anything():
+    """Of two siblings in a tree, each is hidden from the other, which only a mask can do."""
     model = Fused()(decoder(dtype=torch.float32))
+    model.embedding.weight[3] = torch.inf
     cache = model.new_cache(capacity=9)
-    model(torch.tensor([[1, 2, 4, 5]]), cache)
-    cache.buffers[0][:, :, :, 3] = torch.inf  # a token that is taken back
-    cache.truncate(3)
-    assert model(torch.tensor([[6]]), cache).isfinite().all()
+    model(torch.tensor([[1, 2]]), cache)
+    seen = model(torch.tensor([[6, 3, 5]]), cache, torch.tensor([-1, -1, 0]))
+    usual = [0, 1, 2, *range(4, seen.shape[-1])]  # not the infinite token's own logit
+    assert seen[:, [0, 2]][..., usual].isfinite().all() and seen[:, 1].isnan().any()
+
+
+@torch.no_grad()
+def what_is_kept_in_bfloat16_is_rounded_to_nearest():
+    """The first layer's values, against the same in float64: all but those that lie next to a tie."""
+    model, ids = decoder(dtype=torch.bfloat16, head_dim=16), text(30)
+    quick, exact = Fused()(model), Preallocated()(model).double()
+    kept, wanted = (m.new_cache(capacity=30) for m in (quick, exact))
+    chunked(quick, kept, ids, [1, 3, 9]), chunked(exact, wanted, ids, [])
+    seen, right = (cache.buffers[0][1, ..., :30, :] for cache in (kept, wanted))
+    assert (seen != right.bfloat16()).double().mean() < 0.005
+
+
+def test_what_is_kept_in_bfloat16_is_rounded_to_nearest(monkeypatch):
+    what_is_kept_in_bfloat16_is_rounded_to_nearest()
+    source = fused._SOURCE.read_text()
+    assert "(bits + 0x7fff + (bits >> 16 & 1)) >> 16" in source
+    monkeypatch.setattr(fused, "_SOURCE", source.replace("(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16"))
+    with pytest.raises(AssertionError):
+        what_is_kept_in_bfloat16_is_rounded_to_nearest()
 
 
 def test_a_decoder_of_another_make_is_refused():

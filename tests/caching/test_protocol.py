@@ -198,6 +198,15 @@ def test_what_is_no_branch_is_not_kept(index):
     assert cache.length == before
 
 
+def test_a_cousin_at_the_right_depth_is_not_kept():
+    """A line in which every token lies as deep as it should, and the last follows another than the one before it."""
+    model, cache = filled()
+    model(text(4), cache, torch.tensor([-1, -1, 0, 1]))
+    with pytest.raises(ValueError, match="a branch of the last pass's tree, root first"):
+        cache.keep(torch.tensor([0, 3]))
+    cache.keep(torch.tensor([1, 3]))
+
+
 def test_a_tree_in_rows_of_unequal_length_is_refused():
     model, cache = filled(rows=2)
     cache.truncate(torch.tensor([2, 4]))
@@ -209,6 +218,7 @@ def test_unequal_rows_cannot_be_concatenated():
     _, cache = filled("concatenated", rows=2)
     with pytest.raises(ValueError, match=r"rows of \[2, 4\] tokens cannot be concatenated: .* Preallocated"):
         cache.truncate(torch.tensor([2, 4]))
+    assert cache.length == 5 and cache.lengths is None and cache.keys[0].shape[2] == 5
 
 
 def test_rows_of_less_than_nothing_are_refused():

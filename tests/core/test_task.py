@@ -1,5 +1,7 @@
 """What a technique asks of a task: present, not empty, and named where it lacks."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -8,6 +10,12 @@ from effkit.core.task import Batches, Task
 from effkit.core.technique import Identity
 from effkit.core.training import Schedule, fit
 from effkit.zoo.data import Windows
+
+
+class Pair(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
 
 EMPTY = [
     None,
@@ -53,7 +61,8 @@ def devices(data) -> set[str]:
 @pytest.mark.parametrize("batch", [
     (torch.zeros(2, 3), torch.zeros(2)), [torch.zeros(2, 3), torch.zeros(2)], (torch.zeros(2, 3), None),
     ((torch.zeros(2, 3), torch.zeros(2, 1)), torch.zeros(2)),
-], ids=["pair", "list", "no targets", "two inputs"])  # fmt: skip
+    Pair(torch.zeros(2, 3), torch.zeros(2)),
+], ids=["pair", "list", "no targets", "two inputs", "named"])  # fmt: skip
 @pytest.mark.parametrize("field", ["train", "calib", "val", "test"])
 def test_plain_lists_of_batches_move_too(field, batch):
     task = Task(example=(torch.zeros(1, 3),), **{field: [batch, batch]})

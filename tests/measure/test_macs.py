@@ -12,6 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from effkit import zoo
+from effkit.caching import Fused
 from effkit.measure import Counted, count, flops, intensity, macs
 from effkit.studies.recipes import RECIPES
 from effkit.zoo import GPT, MLP, ResNet
@@ -48,11 +49,15 @@ def wide_heads():
     return GPT(**TINY, heads=2, kv_heads=1, head_dim=20, tied=False), IDS
 
 
+def fused_blocks():
+    return Fused()(GPT(**TINY, heads=4, kv_heads=2)), IDS[:1]
+
+
 def encoder():
     return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)
 
 
-MODELS = [mlp, convolutions, grouped_queries, wide_heads, encoder]
+MODELS = [mlp, convolutions, grouped_queries, wide_heads, fused_blocks, encoder]
 
 
 @pytest.mark.parametrize("make", MODELS)

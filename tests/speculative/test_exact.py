@@ -7,9 +7,10 @@ from scipy.stats import chisquare
 
 import effkit
 from effkit import zoo
+from effkit.caching import Fused
 from effkit.core.generation import Sampler, generate
 from effkit.core.paths import data_dir
-from effkit.speculative import EarlyExit, speculate, speculative_generate, verify
+from effkit.speculative import EarlyExit, PromptLookup, speculate, speculative_generate, verify
 from effkit.speculative.law import Pass
 from effkit.speculative.speculate import DraftModel
 from effkit.speculative.verify import Proposal, overlap, residual, sample
@@ -333,3 +334,15 @@ def test_what_is_no_decoder_is_refused_on_either_side():
     for target, draft, who in ((decoder, other, "draft"), (other, decoder, "target")):
         with pytest.raises(ValueError, match=f"the {who} must be a decoder, got MLP, which generates nothing: take a model"):
             speculative_generate(target, draft, ids, 4)
+
+
+def test_a_chance_that_is_no_number_is_none():
+    """0 / 0: a token that neither would draw."""
+    assert [verify.accepted(torch.tensor([1.0, chance]), None) for chance in (torch.nan, 0.0, 1.0)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("gamma", [31, 40])
+def test_more_proposals_than_the_kernels_take_change_no_text(gamma):
+    model = Fused()(decoder(dtype=torch.float32))
+    wanted = generate(model, text(6), 90, sampler=Sampler(0.0))
+    assert torch.equal(PromptLookup(gamma=gamma)(model).generate(text(6), 90, temperature=0.0), wanted)

@@ -120,6 +120,20 @@ def test_what_never_pays_is_tried_again_after_a_while():
     assert sum(chosen) < 60
 
 
+def test_an_expensive_draft_is_tried_now_and_then_and_kept_where_it_is_right():
+    """From a cost of 1/2 on, nothing known says: don't. Whoever obeys never learns."""
+
+    def chosen(right: bool) -> list[int]:
+        adaptive, made = law.Adaptive(8, cost=0.6), []
+        for _ in range(200):
+            made.append(adaptive.choose())
+            adaptive.observe(passes(made[-1], made[-1] * right))
+        return made
+
+    assert min(chosen(True)[1:]) >= 1 and chosen(True)[-1] == 8
+    assert sum(chosen(False)) == 200 // 16 + 1 and max(chosen(False)) == 1
+
+
 def test_its_estimate_is_the_rate():
     adaptive, rng = law.Adaptive(4, cost=0.1, memory=0.999), torch.Generator().manual_seed(0)
     for _ in range(4000):

@@ -238,6 +238,7 @@ def test_a_decoder_without_blocks_is_refused():
         ("a b a b a b", 3, "a b"),  # there is no more behind it
         ("a b a b a b a b", 3, "a b a"),  # the latest with three tokens behind it
         ("c c", 3, "c"),
+        ("a a a a a", 5, "a a"),  # of places with too few behind them, the first has most
         ("a b c", 3, ""),
         ("a", 3, ""),
         ("p q r s q r t p q r", 2, "s q"),  # three tokens beat two
