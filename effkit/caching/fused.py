@@ -187,9 +187,10 @@ def planned(model: nn.Module, dtype: torch.dtype, cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
     kernels. Whoever hangs a hook into a model in the middle of a text begins the text anew."""
     known = _plans.setdefault(cache, {})
-    if dtype not in known or (known[dtype] is not None and not known[dtype].good()):
-        known[dtype] = Plan.of(model, dtype)
-    return known[dtype]
+    plan = known.get(dtype)
+    if dtype not in known or (plan and not plan.good()):
+        plan = known[dtype] = Plan.of(model, dtype)
+    return plan
 
 
 def through(library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n d"], dtype: torch.dtype, cache: Cache) -> None:

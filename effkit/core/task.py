@@ -91,11 +91,23 @@ class Task:
     def require(self, *fields: str, by: object) -> None:
         """Raises ValueError naming the technique and each field it reads that is missing or empty."""
         missing = [name for name in fields if getattr(self, name) is None or _empty(getattr(self, name))]
-        who = getattr(by, "__name__", type(by).__name__)  # functions and classes have a name, techniques a class
+        who = _name(by)
         if missing:
             raise ValueError(f"{who} reads task.{', '.join(missing)}, which this task lacks; pass Task({missing[0]}=...)")
         if "train" in fields and not hasattr(self.train, "at"):
             raise ValueError(f"{who} reads task.train by batch number, which a {type(self.train).__name__} does not offer; pass Batches(inputs, targets)")
+
+    def few(self, examples: int, *, by: object) -> "Task":
+        """The task with its first calibration examples alone; raises ValueError where nothing says which these are."""
+        self.require("calib", by=by)
+        if not hasattr(self.calib, "first"):
+            kind = type(self.calib).__name__
+            raise ValueError(f"{_name(by)} reads the first examples of task.calib, which a {kind} does not offer; pass Batches(inputs, targets)")
+        return replace(self, calib=self.calib.first(examples))  # type: ignore[union-attr]
+
+
+def _name(by: object) -> str:
+    return getattr(by, "__name__", type(by).__name__)  # functions and classes have a name, techniques a class
 
 
 def _moved(data: Any, device: torch.device | str, where: str) -> Any:

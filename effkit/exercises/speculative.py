@@ -1,6 +1,8 @@
 """Exercises of chapter 08: what is accepted and what is drawn instead, how many tokens a pass gives, how many to propose, and
 who sees whom in a tree of proposals."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -240,7 +242,11 @@ def drafts(rng: torch.Generator):
 
 def as_fast_as_the_best(answer, given):
     (alpha, cost), most = given.args, given.settings["most"]
-    if not isinstance(answer, int) or not 0 <= answer <= most:
+    try:
+        answer = operator.index(answer)  # NumPy's and torch's whole numbers are whole numbers, too
+    except TypeError:
+        return answer, f"a whole number from 0 to {most}"
+    if not 0 <= answer <= most:
         return answer, f"a whole number from 0 to {most}"
     speed = lambda g: sum(alpha**i for i in range(g + 1)) / (g * cost + 1)  # noqa: E731
     best = max(range(most + 1), key=speed)

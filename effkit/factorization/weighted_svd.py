@@ -14,7 +14,7 @@ Source    Wang et al. 2024, arXiv:2403.07378, sec. 3.1.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -57,9 +57,7 @@ class WhitenedSVD(SVD):
         require_float("ridge", self.ridge, 0.0, open_low=True, hint="inputs that leave a direction unused make G singular")
 
     def input_roots(self, model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
-        task.require("calib", by=self)
-        few = replace(task, calib=task.calib.first(self.examples))  # type: ignore[union-attr]
-        seen = gather(model, few, layers=self.layers, dtype=torch.float64)
+        seen = gather(model, task.few(self.examples, by=self), layers=self.layers, dtype=torch.float64)
         for path in layers:
             if path not in seen:
                 note(model, path, "factorized without inputs", "no calibration input reached it")

@@ -299,11 +299,11 @@ class IntegerOnly(Technique):
 
     @torch.no_grad()
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        task.require("calib", by=self)
+        few = task.few(self.examples, by=self)
         with evaluating(model):
             traced = trace(model)
             seen = Ranges(traced)
-            for inputs, _ in task.calib.first(self.examples):  # type: ignore[union-attr]
+            for inputs, _ in few.calib:  # type: ignore[union-attr]
                 seen.run(inputs)
             result = Translation(traced, seen, self.search).result()
         result.__dict__["effkit_log"] = log(model)

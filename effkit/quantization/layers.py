@@ -9,7 +9,6 @@ Left out  Activations: they stay in float here.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,13 +152,12 @@ def look(
 ) -> Mapping[str, Statistics]:
     """What the first `technique.examples` of task.calib bring to the linear layers among `technique.layers`, by path.
     The others, convolutions and layers that no input reaches, are noted, and what becomes of them otherwise."""
-    task.require("calib", by=technique)
+    few = task.few(technique.examples, by=technique)
     layers = matching(model, kinds, layers=technique.layers, by=type(technique).__name__)
     for path in (path for path, layer in layers if isinstance(layer, nn.Conv2d)):
         note(model, path, otherwise, "a convolution's inputs are not gathered")
     if all(isinstance(layer, nn.Conv2d) for _, layer in layers):
         return {}
-    few = replace(task, calib=task.calib.first(technique.examples))  # type: ignore[union-attr]
     seen = gather(model, few, layers=technique.layers)
     for path in seen.unreached:
         note(model, path, otherwise, "no calibration input reached it")

@@ -166,7 +166,7 @@ class MixedPrecision(Technique):
         sizes = [[bits_held(twin) for twin in choices] for choices in twins.values()]
         budget = int(sum(slots(choices[0]) for choices in twins.values()) * (self.bits - self.widths[0]))
         budget += sum(size[0] for size in sizes)  # sizes are linear in the width
-        few = replace(task, calib=task.calib.first(self.examples))  # type: ignore[union-attr]
+        few = task.few(self.examples, by=self)
         chosen = METHODS[self.method](sensitivity(model, twins, few), sizes, budget)
         best = {id(layer): twins[layer][i] for layer, i in zip(twins, chosen, strict=True)}
         return swap(model, (nn.Linear, nn.Conv2d), lambda layer: best.get(id(layer)), layers=self.layers, by="MixedPrecision")

@@ -155,12 +155,11 @@ class SkipLayers(Technique):
         skip = min(blocks - 1, max(1, round(share * blocks)))
         if skip == 0:  # of one block
             return ()
-        task.require("calib", by=self)
-        texts = task.calib.first(self.examples)  # type: ignore[union-attr]
+        few = task.few(self.examples, by=self)
 
         def worth(tried: tuple[int, ...]) -> float:
             draft = keep_blocks(view(model), [i for i in range(blocks) if i not in tried])
-            return acceptance(model, draft, texts)
+            return acceptance(model, draft, few.calib)  # type: ignore[arg-type]
 
         return least_missed(worth, blocks, skip, trials=self.trials, seed=self.seed)
 

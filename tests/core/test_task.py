@@ -90,3 +90,11 @@ def test_batches_depend_on_seed_and_step_alone():
     assert [data.at(step)[0].tolist() for step in reversed(range(9))] == forward[::-1]
     epochs = [sum(forward[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_first_examples_of_a_plain_list_are_refused_with_the_way_out():
+    batch = (torch.zeros(2, 3), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"Identity reads the first examples of task.calib, which a list does not offer; pass Batches\(inputs, targets\)"):
+        Task(calib=[batch]).few(1, by=Identity())
+    task = Task(calib=Batches(*batch, size=1))
+    assert len(task.few(1, by=Identity()).calib) == 1 and len(task.calib) == 2

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -348,3 +349,10 @@ def test_the_selftest_would_notice():
     assert "error" in str(course.selftest([breaks])[0])
     broken = toy(checks.holds("never", drawn, lambda answer, given: ("this", "that")))
     assert course.selftest([broken])[0].function == "reference"
+
+
+def test_a_whole_number_of_another_library_is_a_whole_number():
+    one = course.catalogue()["speculative.best_gamma"]
+    for kind in (np.int64, torch.tensor):
+        assert grade(one, lambda alpha, cost, most, kind=kind: kind(one.reference(alpha, cost, most=most)))
+    assert grade(one, lambda alpha, cost, most: float(one.reference(alpha, cost, most=most))).status == "fail"
