@@ -68,6 +68,12 @@ def draw_lines(axes: Axes, series: Named) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
+def draw_image(axes: Axes, matrix) -> None:
+    """A matrix in greys, 0 white and 1 black, on axes of your own: a picture, or who sees whom."""
+    axes.imshow(_array(matrix), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+
+
 def crossings(x, a, b, *, logx=False, logy=False) -> list[float]:
     """Where the curves a and b cross, by straight lines between the points in the scales that the axes show."""
     place = np.log(_values(x)) if logx else _values(x)

@@ -1,7 +1,11 @@
 """The shipped checkpoints, one entry each."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from torch import nn
+
+from effkit import zoo
 from effkit.core.task import Batches, Task
 from effkit.core.training import Schedule
 from effkit.studies.train import Recipe, compiled_language_loss
@@ -25,17 +29,31 @@ def mnist_task(kind: type[Batches] = Jittered) -> Task:
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
 
 
-def language_recipe(steps: tuple[int, int], lr: float, **shape) -> Recipe:
+def language_recipe(steps: tuple[int, int], lr: float, build: Callable[[], GPT]) -> Recipe:
     """Short windows while everything is still to be learned, then the whole context at half the learning rate."""
     schedule = Schedule(steps=steps[0], lr=lr, warmup=100, weight_decay=0.1, autocast=True)
-    short = Recipe(
-        build=lambda: GPT(vocab_size=1024, context=1024, **shape),
-        task=lambda: stdlib_training(length=256, seed=0),
-        schedule=schedule,
-        loss=compiled_language_loss,
-    )
+    short = Recipe(build, lambda: stdlib_training(length=256, seed=0), schedule, compiled_language_loss)
     longer = replace(schedule, steps=steps[1], lr=lr / 2)
     return replace(short, first=short, task=lambda: stdlib_training(length=1024, seed=1), schedule=longer)
+
+
+def gpt(**shape) -> Callable[[], GPT]:
+    return lambda: GPT(vocab_size=1024, context=1024, **shape)
+
+
+def grown(name: str, layers: int) -> GPT:
+    """A shipped decoder with more layers, which says just what it said: each new block is a copy of the one before it that
+    adds nothing until it is trained (Wu et al. 2024, arXiv:2401.02415, section 3.1)."""
+    small = zoo.load(name)[0]
+    model = GPT(**small.numbers() | {"layers": layers})
+    model.load_state_dict(small.state_dict(), strict=False)
+    origins = [layer * len(small.blocks) // layers for layer in range(layers)]
+    for block, origin, before in zip(model.blocks, origins, [-1, *origins], strict=False):
+        block.load_state_dict(small.blocks[origin].state_dict())
+        if origin == before:
+            nn.init.zeros_(block.attention.o.weight)  # type: ignore[union-attr]
+            nn.init.zeros_(block.ff.down.weight)  # type: ignore[union-attr]
+    return model
 
 
 RECIPES = {
@@ -51,9 +69,9 @@ RECIPES = {
     "unet": Recipe(
         UNet, lambda: denoising("mnist", mnist()), Schedule(6000, 2e-3, warmup=200, weight_decay=0.01, autocast=True)
     ),
-    "gpt-small": language_recipe((6000, 2400), 3e-3, d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704),
-    "gpt-target": language_recipe((6000, 2400), 2.5e-3, d_model=320, layers=10, heads=10, kv_heads=2, d_ff=832),
-    "gpt-draft": language_recipe((4000, 1600), 4e-3, d_model=192, layers=2, heads=6, kv_heads=2, d_ff=576),
+    "gpt-small": language_recipe((6000, 2400), 3e-3, gpt(d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704)),
+    "gpt-target": language_recipe((1200, 800), 1.5e-3, lambda: grown("gpt-small", layers=14)),
+    "gpt-draft": language_recipe((2500, 800), 4e-3, gpt(d_model=192, layers=2, heads=6, kv_heads=2, d_ff=576)),
 }
 
 

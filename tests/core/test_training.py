@@ -395,3 +395,15 @@ def test_every_shipped_checkpoint_has_its_recipe():
     from effkit import zoo
 
     assert set(RECIPES) == set(zoo.names()) - {"smollm2"}
+
+
+def test_a_grown_decoder_says_what_it_said_and_learns_in_its_new_layers():
+    from effkit import zoo
+    from effkit.studies.recipes import grown
+
+    small, task = zoo.load("gpt-small")
+    model, ids = grown("gpt-small", layers=14), torch.randint(1024, (1, 20))
+    assert len(model.blocks) == 14 and torch.equal(model(ids), small(ids))
+    task.loss(model(ids), (ids, ids)).backward()
+    assert all(block.ff.down.weight.grad.abs().sum() > 0 for block in model.blocks)
+    assert sum(not block.ff.down.weight.any() for block in model.blocks) == 14 - len(small.blocks)
