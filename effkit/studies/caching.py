@@ -27,10 +27,10 @@ def recipes() -> dict[str, Technique]:
     found: dict[str, Technique] = {"everything": Identity()}
     for seen in (64, 256):
         found |= {f"{sinks} sinks, {seen}": Window(seen - sinks, sinks) for sinks in (0, 1, 4)}
-        found |= {f"H2O by {score}, {seen}": H2O(seen, RECENT, score) for score in ("sum", "mean")}  # type: ignore[arg-type]
+        found |= {f"H2O by {score}, {seen}": H2O(seen, RECENT, score) for score in ("sum", "mean")}
         found |= {f"SnapKV, {seen}": SnapKV(seen, RECENT), f"SnapKV unsmoothed, {seen}": SnapKV(seen, RECENT, kernel=1)}
     for bits in (8, 4, 2):
-        found |= {f"{bits} bits, keys by {keys}": QuantizedKV(bits, keys) for keys in ("channel", "token")}  # type: ignore[arg-type]
+        found |= {f"{bits} bits, keys by {keys}": QuantizedKV(bits, keys) for keys in ("channel", "token")}
     return found
 
 

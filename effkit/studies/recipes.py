@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -44,15 +45,16 @@ def gpt(**shape) -> Callable[[], GPT]:
 def grown(name: str, layers: int) -> GPT:
     """A shipped decoder with more layers, which says just what it said: each new block is a copy of the one before it that
     adds nothing until it is trained (Wu et al. 2024, arXiv:2401.02415, section 3.1)."""
-    small = zoo.load(name)[0]
+    small: Any = zoo.load(name)[0]
     model = GPT(**small.numbers() | {"layers": layers})
     model.load_state_dict(small.state_dict(), strict=False)
     origins = [layer * len(small.blocks) // layers for layer in range(layers)]
+    block: Any
     for block, origin, before in zip(model.blocks, origins, [-1, *origins], strict=False):
         block.load_state_dict(small.blocks[origin].state_dict())
         if origin == before:
-            nn.init.zeros_(block.attention.o.weight)  # type: ignore[union-attr]
-            nn.init.zeros_(block.ff.down.weight)  # type: ignore[union-attr]
+            nn.init.zeros_(block.attention.o.weight)
+            nn.init.zeros_(block.ff.down.weight)
     return model
 
 
