@@ -70,7 +70,7 @@ def draw_lines(axes: Axes, series: Named) -> None:
 
 def draw_image(axes: Axes, matrix) -> None:
     """A matrix in greys, 0 white and 1 black, on axes of your own: a picture, or who sees whom."""
-    axes.imshow(_array(matrix), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.imshow(_array(matrix), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
     axes.grid(False)
 
 

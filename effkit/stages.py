@@ -18,7 +18,7 @@ STAGES = {
     "types": "mypy",
     # races are run by `effkit bench` alone; they compile for minutes and prove nothing on a busy machine
     "fast tests": "pytest -q -m 'not slow' -n 2 --dist loadfile --hypothesis-profile=quick --ignore=tests/benchmarks",
-    "tests": "pytest -q --durations=15 --ignore=tests/benchmarks",
+    "tests": "pytest -q -n 2 --dist loadfile --durations=15 --ignore=tests/benchmarks",
     "exercises": "effkit selftest",
     # one kernel after another, because notebooks time things; lax compares only the cells marked NBVAL_CHECK_OUTPUT
     "notebooks": "pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --timeout=0 notebooks",

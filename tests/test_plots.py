@@ -31,6 +31,9 @@ FIGURES = {
     "small_multiples": lambda: plots.small_multiples(
         lambda axes, bits: plots.draw_lines(axes, {"x": (X, X / bits)}), (2, 4), name="bits", **WORDS
     ),
+    "pictures": lambda: plots.small_multiples(
+        lambda axes, k: plots.draw_image(axes, torch.eye(4).roll(k, 0)), (0, 1), name="by", **WORDS
+    ),
     "pareto": lambda: plots.pareto({"a": (1, 2), "b": (2, 1), "c": (2, 2.5)}, logx=True, **WORDS),
 }
 
@@ -135,3 +138,12 @@ def test_a_figure_is_shown_with_its_words(capsys, monkeypatch):
     (picture, metadata), (words,) = shown
     assert set(picture) == {"image/png", "text/plain"} and picture["text/plain"] == "a line rises <fast>"
     assert metadata["image/png"]["alt"] == "a line rises <fast>" and "&lt;fast&gt;" in words["text/html"]
+
+
+def test_an_image_is_white_where_it_is_0_and_black_where_it_is_1():
+    fig, axes = plots.figure(**WORDS)
+    plots.draw_image(axes, torch.tensor([[0.0, 1.0], [0.5, 2.0]], requires_grad=True))
+    (image,) = axes.images
+    colours = image.cmap(image.norm(np.array([0.0, 1.0])))[:, :3]
+    assert np.allclose(colours[0], 1) and np.allclose(colours[1], 0, atol=0.02)
+    assert image.get_array().shape == (2, 2) and axes.get_aspect() == 1

@@ -2,7 +2,7 @@
 
 A cell is one model and one cache: the bits that each token of some held-out windows costs, as the mean of each window, once
 over all its tokens and once over the last quarter alone, behind a prompt that was read in one pass, for SnapKV acts on
-prompts; and the bytes that the cache held at the end of the first window. gpt-small is given fewer key heads, too.
+prompts. gpt-small is given fewer key heads, too.
 """
 
 import math
@@ -42,12 +42,12 @@ loaded = cache(zoo.load)
 
 
 @torch.no_grad()
-def bits(model: nn.Module, ids: Tensor, first: int | None) -> tuple[Tensor, int]:
-    """What each token costs, in bits, read in one pass or behind a prompt of `first` tokens, and the bytes held at the end."""
+def bits(model: nn.Module, ids: Tensor, first: int | None) -> Tensor:
+    """What each token costs, in bits, read in one pass or behind a prompt of `first` tokens."""
     held = model.new_cache(capacity=LENGTH)  # type: ignore[operator]
     fed = ids[None, :-1].split([first, LENGTH - first] if first else [LENGTH], dim=1)
     chances = torch.cat([model(part, held).float().log_softmax(-1) for part in fed], dim=1)
-    return -chances[0].gather(1, ids[1:, None])[:, 0] / math.log(2), held.nbytes()
+    return -chances[0].gather(1, ids[1:, None])[:, 0] / math.log(2)
 
 
 def cell(name: str, technique: Technique) -> dict:
@@ -57,8 +57,8 @@ def cell(name: str, technique: Technique) -> dict:
     with evaluating(changed):
         for start in range(0, WINDOWS[name] * LENGTH, LENGTH):
             each.append(bits(changed, text[start : start + LENGTH + 1], prompt))
-    every, late = ([round(b[at:].mean().item(), 5) for b, _ in each] for at in (0, PROMPT))
-    return {"bits": every, "bits behind the prompt": late, "bytes": each[0][1]}
+    every, late = ([round(b[at:].mean().item(), 5) for b in each] for at in (0, PROMPT))
+    return {"bits": every, "bits behind the prompt": late}
 
 
 def cells() -> Cells:
