@@ -1,9 +1,11 @@
-"""The two things a reader moves: a guess before the result, and a setting of it.
+"""What a reader moves: a guess before the result, a setting of it, and a run that is looked at step by step.
 
-Both say in text what they are: a notebook read without a kernel, or run by nbval, misses nothing but the moving.
+All say in text what they are: a notebook read without a kernel, or run by nbval, misses nothing but the moving.
 """
 
+import html
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import ipywidgets as widgets
 
@@ -76,3 +78,37 @@ def interactive(function: Callable, *, still: Callable[[], object], **ranges: ob
         if hasattr(control, "continuous_update"):
             control.continuous_update = False  # a model evaluated at every pixel of a drag falls behind
     display_alive(view)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment of a run: what happens, a table whose first row is its head, and what came of it."""
+
+    caption: str
+    rows: Sequence[Sequence[str]]
+    below: str = ""
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows)
+        return "\n".join(filter(None, (self.caption, *lines, self.below)))
+
+    def html(self) -> str:
+        cells = [f"<t{kind}>" + f"</t{kind}><t{kind}>".join(map(html.escape, row)) + f"</t{kind}>"
+                 for kind, row in zip("h" + "d" * len(self.rows), self.rows, strict=False)]  # fmt: skip
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><caption>{html.escape(self.caption)}</caption>{body}</table><pre>{html.escape(self.below)}</pre>"
+
+
+def play(frames: Sequence[Frame], *, still: Sequence[int]) -> None:
+    """Shows the frames of these numbers one below another, for paper and nbval, and below them a player of all frames."""
+    for i in still:
+        display({"text/plain": str(frames[i]), "text/html": frames[i].html()})
+    if not live():
+        say(f"*With a notebook's kernel and ipywidgets, a player of all {len(frames)} steps appears here.*")
+        return
+    page, last = widgets.HTML(frames[0].html()), len(frames) - 1
+    player, place = widgets.Play(max=last, interval=1500), widgets.IntSlider(max=last, description="step")
+    widgets.jslink((player, "value"), (place, "value"))
+    place.observe(lambda change: setattr(page, "value", frames[change["new"]].html()), names="value")
+    display_alive(widgets.VBox([widgets.HBox([player, place]), page]))

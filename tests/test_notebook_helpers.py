@@ -131,3 +131,35 @@ def test_interactive_shows_its_still_picture_without_a_kernel(capsys):
     calls = []
     widgets.interactive(lambda bits: calls.append(bits), still=lambda: calls.append("still"), bits=(2, 8))
     assert calls == ["still"] and "sliders for bits" in capsys.readouterr().out
+
+
+FRAMES = [widgets.Frame(f"pass {i}", (("token", "coin"), (f"'<{i}>'", "0.5")), f"text {i} & so on") for i in range(3)]
+
+
+def test_a_frame_is_a_table_in_text_and_in_html():
+    assert str(FRAMES[1]) == "pass 1\ntoken  coin\n'<1>'  0.5\ntext 1 & so on"
+    page = FRAMES[1].html()
+    assert "<tr><th>token</th><th>coin</th></tr><tr><td>&#x27;&lt;1&gt;&#x27;</td><td>0.5</td></tr>" in page and "1 &amp; so" in page
+
+
+def test_a_frame_without_a_line_below_has_none():
+    assert str(widgets.Frame("pass", (("a", "b"), ("1", "2")))) == "pass\na  b\n1  2"
+
+
+def test_the_player_shows_its_still_frames_without_a_kernel(capsys):
+    widgets.play(FRAMES, still=(2, 0))
+    printed = capsys.readouterr().out
+    assert printed.index("pass 2") < printed.index("pass 0") and "pass 1" not in printed and "all 3 steps" in printed
+
+
+def test_the_player_goes_through_all_frames(monkeypatch):
+    shown = []
+    monkeypatch.setattr(widgets, "live", lambda: True)
+    monkeypatch.setattr(widgets, "display", lambda bundle: None)
+    monkeypatch.setattr(widgets, "display_alive", shown.append)
+    widgets.play(FRAMES, still=())
+    controls, page = shown[0].children
+    player, place = controls.children
+    assert page.value == FRAMES[0].html() and player.max == place.max == 2
+    place.value = 2
+    assert page.value == FRAMES[2].html()
