@@ -14,6 +14,7 @@ Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kerne
 """
 
 import ctypes
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,24 +58,28 @@ def kernels() -> ctypes.CDLL | None:
 class Plan:
     """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good."""
 
-    def __init__(self, weights: list[list[Tensor]], eps: list[float]):
-        self.source, self.eps = [t for block in weights for t in block], eps
+    def __init__(self, blocks: list[nn.Module], weights: list[list[Tensor]], eps: list[float]):
+        self.blocks, self.source, self.eps = blocks, [t for block in weights for t in block], eps
         self.weights = [[t.detach() for t in block] for block in weights]  # their storage; a cast gives a parameter another
         self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
         flat = self.source
         self.arrays = ((_P * len(flat))(*pointers(*flat)), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
                        (_F * len(eps))(*eps))  # fmt: skip
 
-    def good(self) -> bool:
-        """Whether the weights still lie where they lay."""
-        return pointers(*self.source) == list(self.arrays[0])
+    def good(self, model: nn.Module) -> bool:
+        """Whether these are the model's blocks, and their weights still lie where they lay."""
+        now = list(model.blocks)  # type: ignore[arg-type]
+        same = len(now) == len(self.blocks) and all(map(operator.is_, now, self.blocks))
+        return same and pointers(*self.source) == list(self.arrays[0])
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype) -> "Plan | None":
-        """None where a block does anything that the kernels do not."""
-        held = [weights(block, dtype) for block in model.blocks]  # type: ignore[union-attr]
-        eps = [norm.eps for block in model.blocks for norm in (block.attention_norm, block.ff_norm)] if all(held) else []  # type: ignore
-        return cls(held, eps) if all(held) else None  # type: ignore[arg-type]
+    def of(cls, model: nn.Module, dtype: torch.dtype, width: int, d: int) -> "Plan | None":
+        """None where a block does anything that the kernels do not; width: of the stream, d: of a head."""
+        blocks: list[Any] = list(model.blocks)  # type: ignore[arg-type]
+        held = [weights(block, dtype, width, d) for block in blocks]
+        if not all(held):
+            return None
+        return cls(blocks, held, [norm.eps for block in blocks for norm in (block.attention_norm, block.ff_norm)])  # type: ignore[arg-type]
 
     def room(self, texts: int, n: int, width: int, length: int, d: int) -> int:
         """Floats that a pass needs beside its stream."""
@@ -108,7 +113,7 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def weights(block: nn.Module, dtype: torch.dtype) -> list[Tensor] | None:
+def weights(block: nn.Module, dtype: torch.dtype, width: int, d: int) -> list[Tensor] | None:
     """The nine weights of a block in the order of its work; None where it does anything that the kernels do not."""
     if type(block) is not Block or type(block.attention) is not Attention or type(block.ff) is not FeedForward:
         return None
@@ -121,16 +126,17 @@ def weights(block: nn.Module, dtype: torch.dtype) -> list[Tensor] | None:
         linear = type(layer) is nn.Linear and layer.bias is None
         if not (linear or (type(layer) is nn.RMSNorm and layer.eps is not None)):
             return None
-        if layer.weight.dtype != dtype or not readable(layer.weight):
+        if not readable(layer.weight) or layer.weight.dtype != dtype:
             return None
     held = [layer.weight for layer in layers]
-    width, queries, keys, hidden = (len(held[i]) for i in (0, 1, 2, 6))
+    queries, keys, hidden = (len(held[i]) for i in (1, 2, 6))
     inward, outward = (width, queries), (width, hidden)
     shapes = [(width,), (queries, width), *[(keys, width)] * 2, inward, (width,), *[(hidden, width)] * 2, outward]
-    return held if [tuple(t.shape) for t in held] == shapes else None
+    heads = keys > 0 and queries % keys == keys % d == d % 2 == 0
+    return held if heads and [tuple(t.shape) for t in held] == shapes else None
 
 
-def readable(weight: Tensor) -> bool:
+def readable(weight: Tensor | None) -> bool:
     """Whether its numbers lie one behind another where its pointer says."""
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
 
@@ -154,7 +160,7 @@ class Fusing(InOrder):
 
     def forward(self, model: nn.Module, x: Float[Tensor, "b n d"], cache: Cache) -> Float[Tensor, "b n d"]:
         library = kernels() if few(x) else None
-        plan = planned(model, x.dtype, cache) if library else None
+        plan = planned(model, x, cache) if library else None
         if library is None or plan is None:
             return super().forward(model, x, cache)
         stream = x.to(torch.float32, copy=True).contiguous()
@@ -183,13 +189,13 @@ def untouched(layer: Any) -> bool:
 _plans: WeakKeyDictionary[Cache, dict[torch.dtype, Plan | None]] = WeakKeyDictionary()  # a copied cache begins anew
 
 
-def planned(model: nn.Module, dtype: torch.dtype, cache: Cache) -> Plan | None:
+def planned(model: nn.Module, x: Float[Tensor, "b n d"], cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
-    kernels. Whoever hangs a hook into a model in the middle of a text begins the text anew."""
+    kernels. Whoever hangs a hook into a model, or replaces a layer of a block, in the middle of a text begins it anew."""
     known = _plans.setdefault(cache, {})
-    plan = known.get(dtype)
-    if dtype not in known or (plan and not plan.good()):
-        plan = known[dtype] = Plan.of(model, dtype)
+    plan = known.get(x.dtype)
+    if x.dtype not in known or (plan and not plan.good(model)):
+        plan = known[x.dtype] = Plan.of(model, x.dtype, x.shape[-1], cache.rope.head_dim)
     return plan
 
 

@@ -93,7 +93,7 @@ class Cache:
 
     def keep(self, index: Int[Tensor, " k"]) -> None:
         start = self.length - self.fed
-        line = self.lengths is None and (self.positions[index] == start + torch.arange(len(index), device=index.device)).all()
+        line = self.lengths is None and (index >= 0).all() and (self.positions[index] == start + torch.arange(len(index), device=index.device)).all()
         if not line or (self.ancestors is not None and not self.ancestors[index[1:], index[:-1]].all()):
             raise ValueError(f"keep takes a branch of the last pass's tree, root first, of one row; got {index.tolist()}")
         self.move(start, index)

@@ -54,13 +54,16 @@ class Pass:
     tokens: Int[Tensor, " m"]
 
 
+EVERY = 16  # passes without a proposal, one of which is tried
+
+
 class Adaptive:
     """Chooses gamma anew before each pass, from how often proposals were accepted of late.
 
     most, cost, verification   as in best_gamma;  memory   what a pass still counts after the next one
 
     Where nothing is proposed nothing is learned, so what was learned is forgotten and alpha goes back to 1/2. Where even
-    that does not pay, it tries one proposal all the same, at first and in every 16th pass.
+    that does not pay, it tries one proposal all the same, at first and in every 16th pass, and again where that was right.
     """
 
     def __init__(self, most: int, cost: float, verification: Callable[[int], float] = one, *, memory: float = 0.9):
@@ -69,7 +72,7 @@ class Adaptive:
         require_float("memory", memory, 0.0, 1.0, open_high=True)
         self.most, self.cost, self.verification, self.memory = most, cost, verification, memory
         self.accepted = self.tested = 0.0
-        self.idle = 0  # passes in a row for which nothing seemed worth proposing
+        self.idle = EVERY - 1  # passes in a row for which nothing seemed worth proposing; the first one is tried
 
     @property
     def alpha(self) -> float:
@@ -79,9 +82,11 @@ class Adaptive:
     def choose(self) -> int:
         gamma = best_gamma(self.alpha, self.cost, self.verification, most=self.most)
         self.idle = 0 if gamma else self.idle + 1
-        return gamma or int(self.idle % 16 == 1)
+        return gamma or int(self.idle % EVERY == 0)
 
     def observe(self, step: Pass) -> None:
+        if 0 < step.proposed == step.accepted:
+            self.idle = EVERY - 1
         self.accepted = self.memory * self.accepted + step.accepted
         self.tested = self.memory * self.tested + min(step.accepted + 1, step.proposed)
 

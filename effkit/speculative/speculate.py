@@ -264,7 +264,7 @@ class Speculative(Drafted):
 
     gamma   tokens that are proposed at a time
     cost    a pass of the draft, in passes of the target: where it is given, gamma adapts to what is accepted, up to the
-            gamma above, and nothing is proposed where that would not pay
+            gamma above, and little is proposed where that would not pay
     """
 
     gamma: int = 4

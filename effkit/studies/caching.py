@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from effkit import zoo
 from effkit.caching import H2O, GroupHeads, QuantizedKV, SnapKV, Window
+from effkit.caching.lossy import Through
 from effkit.core.recipe import to_json
 from effkit.core.technique import Identity, Technique, evaluating
 from effkit.studies.study import Cells, Study
@@ -44,10 +45,8 @@ loaded = cache(zoo.load)
 @torch.no_grad()
 def bits(model: nn.Module, ids: Tensor, first: int | None) -> Tensor:
     """What each token costs, in bits, read in one pass or behind a prompt of `first` tokens."""
-    held = model.new_cache(capacity=LENGTH)  # type: ignore[operator]
-    fed = ids[None, :-1].split([first, LENGTH - first] if first else [LENGTH], dim=1)
-    chances = torch.cat([model(part, held).float().log_softmax(-1) for part in fed], dim=1)
-    return -chances[0].gather(1, ids[1:, None])[:, 0] / math.log(2)
+    chances = Through(model, first)(ids[None, :-1])[0].float().log_softmax(-1)
+    return -chances.gather(1, ids[1:, None])[:, 0] / math.log(2)
 
 
 def cell(name: str, technique: Technique) -> dict:

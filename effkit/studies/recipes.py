@@ -44,7 +44,7 @@ def gpt(**shape) -> Callable[[], GPT]:
 
 def grown(name: str, layers: int) -> GPT:
     """A shipped decoder with more layers, which says just what it said: each new block is a copy of the one before it that
-    adds nothing until it is trained (Wu et al. 2024, arXiv:2401.02415, section 3.1)."""
+    adds nothing until it is trained (Wu et al. 2024, arXiv:2401.02415, section 3.2, who then train the new blocks alone)."""
     small: Any = zoo.load(name)[0]
     model = GPT(**small.numbers() | {"layers": layers})
     model.load_state_dict(small.state_dict(), strict=False)

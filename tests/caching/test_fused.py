@@ -17,6 +17,7 @@ from effkit.core.generation import ConcatCache, Sampler
 from effkit.core.task import Task
 from effkit.pruning import Magnitude
 from effkit.quantization import RTN
+from effkit.speculative.self_draft import keep_blocks, view
 from tests.caching import laws
 from tests.caching.decoders import chunked, decoder, text
 
@@ -191,17 +192,58 @@ def test_gradients_and_many_tokens_run_in_order(calls):
     assert len(calls) == 1
 
 
+LAYERS = ["attention_norm", "attention.q", "attention.k", "attention.v", "attention.o", "ff_norm", "ff.gate", "ff.up", "ff.down"]
+
+
+def refused_as_by_the_blocks(model, ids):
+    """An error, as of the operators, and nothing read that lies behind the weights; through a cache of its own."""
+    for made in (Preallocated()(model), Fused()(model)):
+        with pytest.raises(RuntimeError, match="shape|size|dimension|divide"):
+            made(ids, made.new_cache(capacity=4))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("rows, columns", [(3, 16), (24, 9)])
-def test_weights_of_a_wrong_shape_are_an_error_and_no_memory_of_others(rows, columns):
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("path", LAYERS)
+def test_weights_of_a_wrong_shape_are_an_error_and_no_memory_of_others(path, axis):
+    model = decoder(dtype=torch.float32)
+    layer = model.blocks[1].get_submodule(path)
+    if axis < layer.weight.dim():
+        layer.weight = nn.Parameter(layer.weight.narrow(axis, 0, layer.weight.shape[axis] - 1).contiguous())
+        refused_as_by_the_blocks(model, text(2))
+
+
+@torch.no_grad()
+def test_a_block_of_another_width_and_heads_that_do_not_divide_are_errors_too():
+    model = decoder(dtype=torch.float32)
+    model.blocks[1] = decoder(dtype=torch.float32, d_model=8).blocks[0]
+    refused_as_by_the_blocks(model, text(2))
+    for queries, keys in ((12, 8), (18, 6), (16, 6)):  # three heads over two; no whole heads
+        model = decoder(dtype=torch.float32)
+        a = model.blocks[1].attention
+        a.q, a.o = nn.Linear(16, queries, bias=False), nn.Linear(queries, 16, bias=False)
+        a.k, a.v = nn.Linear(16, keys, bias=False), nn.Linear(16, keys, bias=False)
+        refused_as_by_the_blocks(model, text(2))
     model = Fused()(decoder(dtype=torch.float32))
-    model.blocks[1].ff.up = nn.Linear(columns, rows, bias=False)
-    with pytest.raises(RuntimeError, match="shape|size"):
-        model(text(2))
-    model, other = Fused()(decoder(dtype=torch.float32)), nn.Embedding(32, columns - 3)
-    model.embedding = other
+    model.embedding = nn.Embedding(32, 13)
     with pytest.raises(RuntimeError, match="shape|size"):
         model.running.logits(model, torch.zeros(1, 1, 16))
+
+
+@torch.no_grad()
+def test_norms_without_weights_run_in_order(calls):
+    model = Fused()(decoder(dtype=torch.float32))
+    model.blocks[0].ff_norm = nn.RMSNorm(16, eps=1e-5, elementwise_affine=False)
+    assert model(text(2)).isfinite().all() and not calls
+
+
+@torch.no_grad()
+def test_a_model_that_shares_a_cache_s_rope_and_not_its_blocks_is_read_by_its_own():
+    model = Fused()(decoder(dtype=torch.float32))
+    shorter, cache = keep_blocks(view(model), [0]), model.new_cache(capacity=9)
+    model(text(4), cache)
+    cache.truncate(0)
+    assert torch.equal(shorter(text(3), cache), shorter(text(3), shorter.new_cache(capacity=9)))
 
 
 @torch.no_grad()
@@ -237,9 +279,13 @@ def test_a_copied_cache_goes_on_as_the_first_would():
     cache = model.new_cache(capacity=9)
     model(text(4), cache)
     again, twin = copy.deepcopy((model, cache))
-    again.blocks[0].ff.up.weight.mul_(2)
-    assert torch.equal(model(text(1), copy.copy(cache)), model(text(1), cache))
-    assert not torch.equal(again(text(1), twin), model(text(1), model.new_cache(capacity=9)))
+    for block in again.blocks:
+        block.ff.up.weight.data = 2 * block.ff.up.weight.data
+    seen, line = again(text(1), twin), torch.cat((text(4), text(1)), 1)
+    same = model.new_cache(capacity=9)
+    model(text(4), same)
+    assert torch.equal(model(text(1), cache), model(text(1), same)), "the first is as it was"
+    assert not close(seen, chunked(model, model.new_cache(capacity=9), line, [4])[:, 4:]), "the twin reads its own model's weights"
 
 
 def test_a_hooked_output_layer_is_called():

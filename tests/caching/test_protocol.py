@@ -185,7 +185,7 @@ def test_a_parent_that_does_not_come_before_its_child_is_refused(parents):
         ancestry(torch.tensor(parents))
 
 
-@pytest.mark.parametrize("index", [[1], [0, 2], [0, 1, 1], [2, 3]])
+@pytest.mark.parametrize("index", [[1], [0, 2], [0, 1, 1], [2, 3], [-4]])
 def test_what_is_no_branch_is_not_kept(index):
     model, cache = filled()
     model(text(4), cache, torch.tensor([-1, 0, 0, 2]))

@@ -10,7 +10,7 @@ from effkit import zoo
 from effkit.caching import Fused
 from effkit.core.generation import Sampler, generate
 from effkit.core.paths import data_dir
-from effkit.speculative import EarlyExit, PromptLookup, speculate, speculative_generate, verify
+from effkit.speculative import EarlyExit, speculate, speculative_generate, verify
 from effkit.speculative.law import Pass
 from effkit.speculative.speculate import DraftModel
 from effkit.speculative.verify import Proposal, overlap, residual, sample
@@ -341,8 +341,14 @@ def test_a_chance_that_is_no_number_is_none():
     assert [verify.accepted(torch.tensor([1.0, chance]), None) for chance in (torch.nan, 0.0, 1.0)] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("gamma", [31, 40])
-def test_more_proposals_than_the_kernels_take_change_no_text(gamma):
-    model = Fused()(decoder(dtype=torch.float32))
-    wanted = generate(model, text(6), 90, sampler=Sampler(0.0))
-    assert torch.equal(PromptLookup(gamma=gamma)(model).generate(text(6), 90, temperature=0.0), wanted)
+@pytest.mark.parametrize("gamma, dtype", [(31, torch.bfloat16), (40, torch.float32)])
+def test_as_many_proposals_as_the_kernels_take_and_more_change_no_text(gamma, dtype):
+    model = Fused()(decoder(dtype=dtype, sharpness=3.0))
+    wanted = generate(model, text(6), 110, sampler=Sampler(0.0))
+    hostile = Fused()(decoder(dtype=dtype, seed=1))
+    for draft in (hostile, model):
+        propose, passes = DraftModel(draft, capacity=128), []
+        for step in speculate.speculate(model, propose, text(6), 110, gamma=gamma, sampler=Sampler(0.0)):
+            passes.append(step)
+        assert torch.equal(torch.cat([step.tokens for step in passes]), wanted[0, 6:])
+        assert max(step.proposed for step in passes) == gamma

@@ -123,15 +123,17 @@ def test_what_never_pays_is_tried_again_after_a_while():
 def test_an_expensive_draft_is_tried_now_and_then_and_kept_where_it_is_right():
     """From a cost of 1/2 on, nothing known says: don't. Whoever obeys never learns."""
 
-    def chosen(right: bool) -> list[int]:
-        adaptive, made = law.Adaptive(8, cost=0.6), []
+    def chosen(right: bool, cost: float) -> list[int]:
+        adaptive, made = law.Adaptive(8, cost=cost), []
         for _ in range(200):
             made.append(adaptive.choose())
             adaptive.observe(passes(made[-1], made[-1] * right))
         return made
 
-    assert min(chosen(True)[1:]) >= 1 and chosen(True)[-1] == 8
-    assert sum(chosen(False)) == 200 // 16 + 1 and max(chosen(False)) == 1
+    for cost in (0.5, 0.6, 0.7, 0.8, 0.9):
+        assert min(chosen(True, cost)) >= 1 and chosen(True, cost)[-1] == 8
+        assert sum(chosen(False, cost)) == 200 // 16 + 1 and max(chosen(False, cost)) == 1
+    assert sum(chosen(False, 0.4)) <= 20 and sum(chosen(False, 0.3)) <= 40
 
 
 def test_its_estimate_is_the_rate():
