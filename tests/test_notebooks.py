@@ -36,7 +36,7 @@ COURSE = [
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 MOST_CELLS, MOST_CELLS_OF_A_DEEP_CHAPTER, MOST_LINES, LEAST_COMPARED, MOST_WIDTH = 45, 80, 15, 5, 110
-DEEP = {"01_quantization", "08_speculative_decoding"}  # chapters with every method of their ladder
+DEEP = {"01_quantization", "07_caching", "08_speculative_decoding"}  # chapters with every method of their ladder
 NARROW = {"01_quantization"}  # notebooks whose lines of code fit a page; in the others they have yet to be broken
 VAGUE = {"", "here", "link", "this", "this link", "click here", "page", "paper", "source"}
 
