@@ -46,10 +46,9 @@ def grown(name: str, layers: int) -> GPT:
     """A shipped decoder with more layers, which says just what it said: each new block is a copy of the one before it that
     adds nothing until it is trained (Wu et al. 2024, arXiv:2401.02415, section 3.2, who then train the new blocks alone)."""
     small: Any = zoo.load(name)[0]
-    model = GPT(**small.numbers() | {"layers": layers})
+    model: Any = GPT(**small.numbers() | {"layers": layers})
     model.load_state_dict(small.state_dict(), strict=False)
     origins = [layer * len(small.blocks) // layers for layer in range(layers)]
-    block: Any
     for block, origin, before in zip(model.blocks, origins, [-1, *origins], strict=False):
         block.load_state_dict(small.blocks[origin].state_dict())
         if origin == before:
@@ -65,9 +64,7 @@ RECIPES = {
     "lenet-300-100": Recipe(
         lambda: MLP((784, 300, 100, 10)), lambda: mnist_task(Batches), Schedule(1100, 1e-3, warmup=50, weight_decay=0.1)
     ),
-    "resnet": Recipe(
-        lambda: ResNet((32, 64, 128)), mnist_task, Schedule(1650, 4e-3, warmup=100, weight_decay=0.05)
-    ),
+    "resnet": Recipe(lambda: ResNet((32, 64, 128)), mnist_task, Schedule(1650, 4e-3, warmup=100, weight_decay=0.05)),
     "unet": Recipe(
         UNet, lambda: denoising("mnist", mnist()), Schedule(6000, 2e-3, warmup=200, weight_decay=0.01, autocast=True)
     ),
