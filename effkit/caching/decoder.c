@@ -202,8 +202,8 @@ void attend(const float *x, const float *cosine, const float *sine, void *keys, 
                 for (long c = 0; c < d; c++) put(keys, at + c, scratch[c], half);
                 for (long c = 0; c < d; c++) put(values, at + c, value[c], half);
             }
-    int most = texts * heads * m * d * n < 60000 ? 1 : threads; /* below, waking a thread costs more */
-#pragma omp parallel for num_threads(most) schedule(static)
+    /* however little there is to do: fewer threads than the regions around it have would cost more than it saves */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (long r = 0; r < texts * heads; r++) {
         long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d;
         float *weight = scratch + r * (m + 2 * d), *query = weight + m, *sum = query + d;
