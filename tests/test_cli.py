@@ -71,6 +71,7 @@ def test_the_doctor_works_on_a_machine_without_torch():
     assert "ImportError: effkit lacks something here" in run.stderr and "effkit doctor" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -117,6 +118,7 @@ def test_lab_hands_its_options_to_jupyterlab(course):
     assert list((course / "work").parent.glob("work")), "the learner's folder is made"
 
 
+@pytest.mark.slow
 def test_a_notebook_is_executed_in_place(course):
     path = course / "notebooks" / "00_one.ipynb"
     assert effkit("notebooks", "00_one").exit_code == 0
@@ -125,6 +127,7 @@ def test_a_notebook_is_executed_in_place(course):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.slow
 def test_a_notebook_that_fails_stays_as_it_was(course):
     path = course / "notebooks" / "00_one.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)

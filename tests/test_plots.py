@@ -38,6 +38,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_has_title_labels_and_the_same_bytes_twice(name):
     fig = FIGURES[name]()

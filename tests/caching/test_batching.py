@@ -49,6 +49,7 @@ def alone(model, request: Request) -> tuple[int, ...]:
 policies = st.sampled_from(["continuous", "static"])
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(requests=asked(), policy=policies, page_size=st.integers(1, 9), spare=st.integers(0, 12), rows=st.integers(1, 5),
        chunk=st.sampled_from([None, 1, 3, 16]), prefix=st.booleans(), dtype=st.sampled_from([torch.float64, torch.float32]))  # fmt: skip
@@ -125,6 +126,7 @@ def test_a_static_batch_is_computed_whole_until_its_longest_answer_is_done(polic
 answers = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(new=answers, rows=st.integers(1, 4))
 def test_passes_obey_graham_s_bounds(new, rows):

@@ -221,6 +221,7 @@ def snapkv_is_the_paper_s(prompt=16, budget=7, window=3, kernel=3, length=24, kv
     assert_equal_logits(seen, wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(prompt=st.integers(8, 16), budget=st.integers(3, 7), window=st.integers(1, 2), kernel=st.sampled_from([1, 3, 5]),
        kv_heads=st.sampled_from([1, 2, 4]))  # fmt: skip
@@ -238,6 +239,7 @@ def test_votes_by_hand():
 # budgets
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_more_is_held_than_the_budget_and_the_last_pass(sizes, dtype):

@@ -131,6 +131,7 @@ def test_waves_tell_near_times_apart():
     assert (near[0] - near[1]).abs().max() > 0.5 and near.abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_a_little_training_takes_noise_away():
     task, model = denoising("digits", {k: (nn.functional.interpolate(x, 28), y) for k, (x, y) in digits().items()}), unet()
     before = noise_left(model, task.val.first(64)).mean()

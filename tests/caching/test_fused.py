@@ -52,6 +52,7 @@ def computes_what_the_blocks_compute(length=20, sizes=(4, 1, 3), rows=1, dtype=t
     assert close(*made)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(length=st.integers(1, 30), sizes=st.lists(st.integers(1, 9), max_size=5), rows=st.integers(1, 3), dtype=NARROW, shape=shapes)
 def test_computes_what_the_blocks_compute(length, sizes, rows, dtype, shape):

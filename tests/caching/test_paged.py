@@ -82,6 +82,7 @@ def insert_that_lets_both_keep_their_copies(self, ids, table, insert=PrefixCache
     insert(self, ids, table.fork())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where, name, bug",
     [

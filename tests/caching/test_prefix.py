@@ -201,6 +201,7 @@ def in_the_order_of_the_tree_s_leaves(self, pages, evict=PrefixCache.evict):
     return evict(self, pages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where, name, bug, law",
     [
@@ -215,6 +216,7 @@ def test_a_tree_that_errs_is_noticed(monkeypatch, where, name, bug, law):
         law()
 
 
+@pytest.mark.slow
 def test_an_optimum_that_looks_at_the_last_use_is_noticed(monkeypatch):
     def never(requests):
         return [[-float(now)] * len(request) for now, request in enumerate(requests)]
@@ -224,6 +226,7 @@ def test_an_optimum_that_looks_at_the_last_use_is_noticed(monkeypatch):
         test_nothing_beats_belady_not_even_what_keeps_pages_without_their_beginnings()
 
 
+@pytest.mark.slow
 def test_a_page_known_by_its_own_tokens_alone_is_noticed(monkeypatch):
     def careless(texts, *, page_size):
         numbers: dict = {}

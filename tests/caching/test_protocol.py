@@ -65,6 +65,7 @@ def test_what_was_taken_back_leaves_no_trace(kind, length, keep, sizes, dtype):
     laws.taken_back_leaves_no_trace(EXACT[kind], length, keep, sizes, dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(kind=kinds, parents=trees, held=st.integers(1, 8), dtype=dtypes, kv_heads=ratios)
 def test_a_tree_says_what_its_branches_say(kind, parents, held, dtype, kv_heads):
@@ -89,6 +90,7 @@ def test_rows_of_unequal_length_equal_one_by_one(kind, rows, new, dtype):
 # what is lossy
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kind=lossy, length=st.integers(1, 70), sizes=chunks, kv_heads=ratios, rows=st.integers(1, 3))
 def test_what_a_token_sees_does_not_depend_on_passes(kind, length, sizes, kv_heads, rows):
@@ -101,6 +103,7 @@ def test_in_float32_too(kind):
     laws.passes_do_not_matter(lossy_maker(LOSSY[kind]), first=FIRST.get(kind, 0), dtype=torch.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kind=lossy, length=st.integers(30, 60), sizes=st.lists(st.integers(1, 4), max_size=4), back=st.integers(0, BACK))
 def test_what_a_draft_takes_back_leaves_no_trace(kind, length, sizes, back):
@@ -119,6 +122,7 @@ def test_a_budget_as_large_as_the_text_is_exact(technique, dtype):
         laws.a_tree_says_what_its_branches_say(maker, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(LOSSY))
 @pytest.mark.parametrize("gamma", [1, 3, 8])
 def test_greedy_speculation_over_what_is_lossy_is_plain_decoding_over_it(kind, gamma):
@@ -131,6 +135,7 @@ def test_greedy_speculation_over_what_is_lossy_is_plain_decoding_over_it(kind, g
         assert torch.equal(strategy(model).generate(ids, 50, sampler=greedy), plain)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(kind=st.sampled_from(["window", "sliding", "prompt", "tree"]), parents=trees, held=st.integers(12, 50))
 def test_a_tree_over_what_is_lossy_says_what_its_lines_say(kind, parents, held):

@@ -24,6 +24,7 @@ def test_the_same_question_is_computed_once_and_answered_alike():
     assert (quick.decoding.hits, quick.decoding.asked) == (1, 2)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 3))
 def test_any_stream_is_answered_as_without(asked, capacity):
     model = decoder(layers=1)

@@ -34,6 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(pairs, "interleaved", lambda runs, **_: real(runs, min_repeats=1, budget_s=0.01))
 
 
+@pytest.mark.slow
 def test_every_pair_has_its_losses_or_its_reason(small, tmp_path):
     study = pairs.STUDY.run(tmp_path / "pairs.json")
     assert study == pairs.STUDY.read(tmp_path / "pairs.json") and len(study["cells"]) == 10
@@ -49,6 +50,7 @@ def test_every_pair_has_its_losses_or_its_reason(small, tmp_path):
     assert cells["quantize"]["bytes on disk"]["value"] < cells["unchanged"]["bytes on disk"]["value"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(small, tmp_path, monkeypatch):
     done, real = [], pairs.cell
 
@@ -95,6 +97,7 @@ def test_a_missing_study_says_how_to_make_it(tmp_path):
         pairs.STUDY.read(tmp_path / "pairs.json")
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_every_study(small, monkeypatch, tmp_path):
     from typer.testing import CliRunner
 

@@ -20,6 +20,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @given(programs())
 @settings(max_examples=10)
 def test_a_graph_computes_what_the_model_does(program):

@@ -74,6 +74,7 @@ ZOO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_is_planned_within_a_tenth_of_the_bound_and_a_third_of_naive(name):
     made = check_plan(lifetimes(ZOO[name]()))

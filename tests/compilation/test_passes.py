@@ -31,6 +31,7 @@ def check_preserved(name, graph):
     return after
 
 
+@pytest.mark.slow
 @given(programs())
 @settings(max_examples=15)
 def test_every_pass_preserves_the_outputs_alone_and_behind_others_and_adds_no_work(program):

@@ -397,6 +397,7 @@ def test_every_shipped_checkpoint_has_its_recipe():
     assert set(RECIPES) == set(zoo.names()) - {"smollm2"}
 
 
+@pytest.mark.slow
 def test_a_grown_decoder_says_what_it_said_and_learns_in_its_new_layers():
     from effkit import zoo
     from effkit.studies.recipes import grown

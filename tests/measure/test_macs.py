@@ -91,6 +91,7 @@ ZOO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.names())
 def test_equals_flop_counter_on_the_zoo(name):
     """A model that joins the zoo has to join here."""

@@ -45,6 +45,7 @@ CASES = [(digits, Forward(), 1), (digits, TrainStep(6), 6)]
 CASES += [(text, Forward(2), 26), (text, Decode(7, 4), 4), (text, TrainStep(2), 24)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "work", "items"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_every_reading_is_there_and_the_model_as_before(make, work, items):
     model, task = make()
@@ -60,6 +61,7 @@ def test_every_reading_is_there_and_the_model_as_before(make, work, items):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_training_step_costs_three_forward_passes():
     model, task = digits()
     forward = measure(model, task, Forward(6), quality=False, **QUICK)["macs"].value
@@ -67,6 +69,7 @@ def test_a_training_step_costs_three_forward_passes():
     assert step == 3 * forward - 6 * 16 * 8  # nobody asks for the gradient of the images
 
 
+@pytest.mark.slow
 def test_a_table_begins_with_the_baseline():
     model, task = digits()
     wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3))

@@ -43,6 +43,7 @@ def test_the_second_run_needs_as_much_as_the_first():
     assert second.value == pytest.approx(first.value, rel=0.02)
 
 
+@pytest.mark.slow
 def test_training_holds_activations_that_inference_does_not():
     layers = [nn.Sequential(nn.Linear(100, 100), nn.Tanh()) for _ in range(8)]
     model, x = nn.Sequential(*layers), torch.randn(1000, 100)  # 0.4 MB a tensor
@@ -74,6 +75,7 @@ def test_buffers_and_sparse_matrices_count():
     assert resident(sparse).value == 101 * 8 + 100 * 8 + 100 * 4
 
 
+@pytest.mark.slow
 def test_a_training_step_holds_the_moments_while_activations_are_at_their_peak():
     """Where activations outweigh the weights, W, the peak is in the backward pass; AdamW's two moments come on top."""
     model = nn.Sequential(nn.Linear(500, 500, bias=False), nn.ReLU(), nn.Linear(500, 1, bias=False))  # W = 1 MB

@@ -51,6 +51,7 @@ def test_a_dtype_that_was_not_measured_is_refused():
         BY_HAND.attainable(1.0, "bfloat16")
 
 
+@pytest.mark.slow
 def test_this_machine_has_a_roofline():
     here = roofline(sizes=(32, 64), largest=2**23)
     assert "float32" in here.peaks

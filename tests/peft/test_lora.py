@@ -240,6 +240,7 @@ def theirs_and_ours(scaling, rank=4, steps=12):
     return curve, fit(tuned, task, schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.peers("peft", "transformers")
 @pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
 def test_losses_are_pefts_step_by_step(scaling):

@@ -52,6 +52,7 @@ def test_a_merged_model_is_plain_and_saved_as_such(tmp_path):
     assert_close(outputs(unmerge(opened), task), outputs(model, task), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [RTN(4, 16), SVD(rank=4)], ids=["4 bits", "two factors"])
 def test_a_base_without_room_is_refused_or_made_dense(base):
     model, task = tuned(base), language_task()

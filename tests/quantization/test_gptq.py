@@ -34,6 +34,7 @@ def errors(seed, *, bits=3, group_size=16, **settings):
 # laws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_loses_less_on_the_inputs_it_saw(bits, order):
@@ -162,6 +163,7 @@ def test_bad_settings_are_refused(bad):
 # planted bugs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["no feedback", "not conditioned on what is fixed", "not divided by the diagonal"])
 def test_a_wrong_update_is_caught(monkeypatch, bug):
     right = gptq.inverse_factor

@@ -241,6 +241,7 @@ def test_each_operator_is_as_near_to_float_as_its_roundings_allow(name):
     check_operators(*subject(name))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(cases())
 def test_operators_of_any_size_are_near_to_float(case):

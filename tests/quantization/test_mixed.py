@@ -47,6 +47,7 @@ def many_layers(seed, layers=60):
 # laws
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(problems())
 def test_the_exact_choice_is_brute_forces(problem):
@@ -55,6 +56,7 @@ def test_the_exact_choice_is_brute_forces(problem):
     assert total(sizes, choice) <= budget and total(costs, choice) == brute_force(costs, sizes, budget)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(problems())
 def test_the_greedy_choice_fits_and_no_widening_that_gains_fits_beside_it(problem):

@@ -282,6 +282,7 @@ def test_a_cast_of_the_model_does_not_change_its_weights(cast):
     assert torch.allclose(cast(layer)(x), wanted, atol=2e-3 if cast is nn.Module.half else 1e-5)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:torch.tensor results", "ignore:Converting a tensor")
 @pytest.mark.parametrize("ahead", ["trace", "export", "fake"])

@@ -73,6 +73,7 @@ def test_never_worse_than_rounding_to_nearest(rows, columns, bits, group_size, s
         assert made.bits_per_weight() == pytest.approx(nearest.bits_per_weight() + 16 / rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_channels_of_unequal_size_make_it_much_better(bits):
     ratios = []

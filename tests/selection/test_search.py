@@ -80,6 +80,7 @@ def test_a_small_space_is_exhausted_and_then_it_ends():
     assert {c.key for c in search(space=space).run(100)} == everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_goes_on_from_its_journal_with_the_proposals_it_would_have_made(sampler, tmp_path):
     wanted = told(search(sampler=sampler).run(24))

@@ -43,6 +43,7 @@ def assert_as_alone(model, draft, prompts, new, gamma=4, stop=None):
 # greedy
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]), cache=st.sampled_from(list(CACHES)))
 def test_every_text_is_what_it_is_alone(data, dtype, cache):
@@ -55,6 +56,7 @@ def test_every_text_is_what_it_is_alone(data, dtype, cache):
     assert_as_alone(model, draft, prompts, new, gamma, data.draw(st.sampled_from([None, *words])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", range(1, 9))
 @pytest.mark.parametrize("cache", CACHES)
 def test_rows_of_one_length_that_accept_different_numbers_of_tokens(gamma, cache):
@@ -118,11 +120,13 @@ def gap(sampler=SAMPLERS["plain"], new=2, gamma=2, lengths=(3, 3), stop=None) ->
     return largest_gap(outcome, {(a, b): p * q for a, p in one.items() for b, q in two.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["plain", "top-k"])
 def test_the_joint_of_two_texts_is_the_product_of_theirs_by_enumeration(sampler):
     assert gap(SAMPLERS[sampler]) < 1e-9
 
 
+@pytest.mark.slow
 def test_with_prompts_of_unequal_length_and_a_stop():
     assert gap(SAMPLERS["top-k"], lengths=(1, 4)) < 1e-9 and gap(SAMPLERS["cold"], gamma=1, lengths=(2, 3), stop=1) < 1e-9
 
@@ -139,6 +143,7 @@ def p_value(n=400, seed=0) -> float:
     return goodness(made, {(*a, *b): p * q for a, p in one.items() for b, q in two.items()}, n)
 
 
+@pytest.mark.slow
 def test_the_joint_of_two_texts_is_the_product_of_theirs_by_chi_square():
     assert p_value() > 1e-3
 
@@ -149,6 +154,7 @@ def shared_draws(p, rng):
     return (p.cumsum(-1) < u).sum(-1).clamp(max=p.shape[-1] - 1)
 
 
+@pytest.mark.slow
 def test_rows_that_share_their_coins_are_refused(monkeypatch):
     """Each text alone is right; together they are not independent. Where every proposal is accepted, draws are all there is."""
     target = tiny(0, 5.0)

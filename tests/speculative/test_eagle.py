@@ -86,6 +86,7 @@ def proposals_are_foretold(model, new=20) -> None:
     assert len(seen) >= new / 5 and max(seen) == model.decoding.gamma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("how", [dict(gamma=4), TREE, dict(gamma=3, frequent=9)], ids=["line", "tree", "frequent"])
 def test_proposals_are_those_of_the_head_without_any_cache(cache, how):
@@ -178,6 +179,7 @@ def gap(sampler=SAMPLERS["plain"], new=3, stop=None, **settings) -> float:
     return largest_gap(outcome, joint(model, ids, new, sampler, stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 @pytest.mark.parametrize("how", [{}, dict(frequent=2), dict(branching=(2, 1)), dict(branching=(2, 1), frequent=2)], ids=["line", "frequent", "tree", "both"])
 def test_joint_distribution_is_the_target_s_by_enumeration(sampler, how):
@@ -189,6 +191,7 @@ def test_for_every_gamma_and_length(gamma, new):
     assert gap(SAMPLERS["plain" if new < 3 else "top-k"], new, gamma=gamma) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_stop_token_inside_a_block_ends_the_text():
     assert gap(gamma=3, stop=1) < 1e-9 and gap(branching=(2, 1), stop=1) < 1e-9
 
@@ -220,6 +223,7 @@ def test_a_distribution_that_is_not_the_one_drawn_from_is_refused(monkeypatch, b
     assert gap(frequent=2) > 0.01
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]), cache=st.sampled_from(list(CACHES)))
 def test_greedy_text_is_token_for_token_the_target_s(data, dtype, cache):
@@ -259,11 +263,13 @@ def training_helps() -> None:
     assert tokens_a_pass(0) < 1.5 and tokens_a_pass(40) > 3.5 and tokens_a_pass(40, Sampler()) > 3
 
 
+@pytest.mark.slow
 def test_a_trained_head_gives_more_tokens_a_pass():
     training_helps()
     assert tokens_a_pass(40, frequent=14) > 2.5
 
 
+@pytest.mark.slow
 def test_it_knows_which_token_was_drawn():
     """Where leaps are drawn, heads on the last state cannot know them; the block reads them."""
     from effkit.speculative.heads import Medusa
@@ -273,6 +279,7 @@ def test_it_knows_which_token_was_drawn():
     assert tokens_a_pass(40, Sampler()) > 1.3 * heads
 
 
+@pytest.mark.slow
 def test_training_against_the_text_moved_by_one_is_caught(monkeypatch):
     def late(target, head, ids, states):
         return eagle_loss(target, head, ids.roll(1, 1), states)

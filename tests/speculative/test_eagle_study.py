@@ -30,6 +30,7 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_draft_has_its_tokens_a_pass_and_its_seconds(small):
     study = eagle.STUDY.run(small / "eagle.json")
     assert study == json.loads((small / "eagle.json").read_text())

@@ -63,6 +63,7 @@ def p_value(n: int = 700, gamma: int = 2, sampler: Sampler = COLD) -> float:
     return fit(table(7), table(8), torch.tensor([[0]]), 3, gamma, sampler, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gamma, sampler", [(1, Sampler()), (2, Sampler(0.7)), (4, Sampler(1.5)), (2, Sampler(top_p=0.8))]
 )
@@ -132,6 +133,7 @@ def test_enumeration_refuses(monkeypatch, where, name, bug):
     assert gap(2, 2, COLD) > 1e-3
 
 
+@pytest.mark.slow
 @planted
 def test_chi_square_refuses(monkeypatch, where, name, bug):
     monkeypatch.setattr(where, name, bug)
@@ -178,6 +180,7 @@ DRAFTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAFTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_greedy_text_is_token_for_token_the_target_s(kind, dtype):
@@ -341,6 +344,7 @@ def test_a_chance_that_is_no_number_is_none():
     assert [verify.accepted(torch.tensor([1.0, chance]), None) for chance in (torch.nan, 0.0, 1.0)] == [1, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma, dtype", [(31, torch.bfloat16), (40, torch.float32)])
 def test_as_many_proposals_as_the_kernels_take_and_more_change_no_text(gamma, dtype):
     model = Fused()(decoder(dtype=dtype, sharpness=3.0))

@@ -94,6 +94,7 @@ def test_typical_acceptance_writes_from_another_distribution(monkeypatch):
     assert gap() > 0.05
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]), cache=st.sampled_from(list(CACHES)))
 def test_greedy_text_is_token_for_token_the_target_s(data, dtype, cache):
@@ -106,6 +107,7 @@ def test_greedy_text_is_token_for_token_the_target_s(data, dtype, cache):
     assert torch.equal(seen, generate(model, ids, new, sampler=GREEDY, stop=stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", range(1, 9))
 @pytest.mark.parametrize("cache", ["preallocated", "fused"])
 def test_heads_that_are_mostly_right_change_nothing_but_the_number_of_passes(gamma, cache):
@@ -200,6 +202,7 @@ def test_trained_heads_give_more_tokens_a_pass():
     trained_heads_help()
 
 
+@pytest.mark.slow
 def test_heads_trained_for_a_place_too_early_are_caught(monkeypatch):
     def early(target, layers, ids):
         with torch.no_grad():
@@ -265,6 +268,7 @@ def test_the_likeliest_tree_is_the_best_of_all_trees(rows, nodes):
     assert worth(rows, found) == pytest.approx(max(worth(rows, t) for t in trees))
 
 
+@pytest.mark.slow
 def test_a_sparse_tree_keeps_what_heads_often_guess():
     model = decoder()
     task = own_words(model)

@@ -60,6 +60,7 @@ shapes = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), technique=shapes, dtype=st.sampled_from([torch.float64, torch.float32]), cache=st.sampled_from(list(CACHES)))
 def test_greedy_text_is_token_for_token_the_target_s(data, technique, dtype, cache):
@@ -70,6 +71,7 @@ def test_greedy_text_is_token_for_token_the_target_s(data, technique, dtype, cac
     assert torch.equal(made, generate(model, ids, new, sampler=GREEDY, stop=stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", range(1, 9))
 @pytest.mark.parametrize("technique", [Jacobi(), Lookahead()], ids=["jacobi", "lookahead"])
 def test_for_every_gamma_over_fused_blocks_in_bfloat16(technique, gamma):

@@ -146,6 +146,7 @@ def p_value(branching=(2, 2), n=700, seed=0) -> float:
     return goodness(made, joint(target, ids, 3, sampler), n)
 
 
+@pytest.mark.slow
 def test_joint_distribution_is_the_target_s_by_chi_square():
     assert p_value() > 1e-3
 
@@ -174,6 +175,7 @@ def test_a_distribution_that_is_not_the_one_drawn_from_is_refused(monkeypatch, b
     assert gap((2, 1)) > 0.005
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]), cache=st.sampled_from(list(CACHES)))
 def test_greedy_text_is_token_for_token_the_target_s(data, dtype, cache):
@@ -229,6 +231,7 @@ def accepted_on_average(branching, target, draft, ids, sampler) -> float:
     return sum(n * chance for n, chance in every_outcome(program).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler, seed", [("top-k", 0), ("top-k", 1), ("top-k", 2), ("plain", 0)])
 def test_a_tree_gives_no_fewer_tokens_than_its_first_branch(sampler, seed):
     settings = tiny(seed, 5.0), tiny(seed + 10, 5.0), text(3, vocab=3, seed=seed), SAMPLERS[sampler]

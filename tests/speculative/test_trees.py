@@ -122,6 +122,7 @@ def p_value(n=3000, seed=0):
     return goodness(place(p, q, n, seed), {(i,): float(x) for i, x in enumerate(p)}, n)
 
 
+@pytest.mark.slow
 def test_one_place_is_the_target_s_by_chi_square():
     assert p_value() > 1e-3
 
@@ -129,6 +130,7 @@ def test_one_place_is_the_target_s_by_chi_square():
 # greedy
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_greedy_text_is_token_for_token_the_target_s(data, dtype):
@@ -205,6 +207,7 @@ TREE_BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bug", TREE_BUGS.values(), ids=TREE_BUGS.keys())
 def test_chi_square_refuses(monkeypatch, name, bug):
     if name == "without":  # the children are still drawn without replacement; the judge forgets

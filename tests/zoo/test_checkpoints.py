@@ -41,6 +41,7 @@ def test_every_card_of_images_is_scored():
     assert SCORED.keys() == {name for name in CARDS if not name.startswith("gpt")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED)
 def test_every_card_quotes_the_score_of_its_file(name):
     """To an image or two of 1,000, which the processor's rounding may turn."""

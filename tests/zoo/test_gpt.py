@@ -52,6 +52,7 @@ def assert_same(ours: GPT, theirs) -> None:
             assert (seen - answer.logits).abs().max() < WITHIN and (seen - wanted[:, start:end]).abs().max() < WITHIN
 
 
+@pytest.mark.slow
 @pytest.mark.peers("transformers")
 @builds
 def test_to_hf(numbers):
