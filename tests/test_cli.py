@@ -59,6 +59,7 @@ def test_the_doctor_says_how_to_get_what_is_missing(tmp_path):
     assert "apt install gcc" in result.output
 
 
+@pytest.mark.slow
 def test_the_doctor_works_on_a_machine_without_torch():
     """It is the one command that must."""
     code = "import sys; sys.modules.update(torch=None); sys.argv = ['effkit', 'doctor']; from effkit.cli import main; main()"
@@ -147,6 +148,7 @@ def test_every_stage_runs_and_one_failure_fails_all(monkeypatch):
     assert summary == [["lint", "FAILED"], ["types", "passed"], ["fast tests", "passed"]]
 
 
+@pytest.mark.slow
 def test_all_stages_passing_is_success(monkeypatch):
     monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, "platform"))
     for command in ("check", "test", "bench"):
@@ -257,6 +259,7 @@ def test_select_recommends_a_recipe_that_apply_runs_within_the_limits(small_mode
     assert other.exit_code == 1 and "choose another name for the study" in other.stderr
 
 
+@pytest.mark.slow
 def test_select_fails_and_says_what_would_do_where_nothing_keeps_the_limits(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = effkit("select", "--model", "mlp", "--max-bytes", "9", "--trials", "3")
@@ -322,6 +325,7 @@ def test_where_results_cannot_be_written_is_said_before_the_work(arguments, tmp_
     assert len(result.stderr.strip().splitlines()) == 1, "no traceback"
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_are_refused_in_one_sentence(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").write_text("a file where the folder should be")

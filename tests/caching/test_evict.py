@@ -64,6 +64,7 @@ def window_is_the_paper_s(window=4, sinks=2, length=20, sizes=(1, 6), kv_heads=2
     assert_equal_logits(chunked(model, WindowCache(model.rope, window, sinks), ids, sizes), wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(window=st.integers(1, 9), sinks=st.integers(0, 4), length=st.integers(1, 24), kv_heads=st.sampled_from([1, 2, 4]))
 def test_a_window_with_sinks_is_recomputation_with_the_paper_s_places(window, sinks, length, kv_heads):
@@ -82,6 +83,7 @@ def test_without_sinks_a_token_knows_of_as_many_as_its_windows_reach_through_all
         assert_equal_logits(model(ids[:, -reach:])[:, -1], last)
 
 
+@pytest.mark.slow
 def test_a_text_without_end_takes_no_more_room_and_its_places_stay_in_range():
     model, ids = decoder(context=32), text(400)
     cache, seen = WindowCache(model.rope, 8, 2), []
@@ -152,6 +154,7 @@ def h2o_is_the_paper_s(budget=6, recent=2, length=44, sizes=(3, 9, 22), kv_heads
     assert_equal_logits(chunked(model, H2OCache(model.rope, budget, recent, score), ids, sizes), wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(budget=st.integers(1, 8), recent=st.integers(0, 4), length=st.integers(1, 24), kv_heads=st.sampled_from([1, 2, 4]),
        score=st.sampled_from(["sum", "mean"]))  # fmt: skip

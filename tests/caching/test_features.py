@@ -116,6 +116,7 @@ def test_noise_and_signal_share_the_variance():
     assert (a.diff() < 0).all() and a[0] > 0.999 and 0 < a[-1] < 1e-3
 
 
+@pytest.mark.slow
 def test_batches_of_noise_are_the_same_at_the_same_step_and_mean_what_they_say():
     data = Noised(*digits()["val"], size=8, shuffle=True)
     (x, noise), again = data.at(3), data.at(3)

@@ -67,6 +67,7 @@ def a_block_is_its_tokens_one_by_one(length=24, sizes=(4, 1, 3), dtype=torch.bfl
     assert torch.equal(one, several)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(length=st.integers(1, 32), sizes=st.lists(st.integers(1, 17), max_size=5), dtype=NARROW, shape=shapes)
 def test_a_block_is_its_tokens_one_by_one_to_the_last_bit(length, sizes, dtype, shape):

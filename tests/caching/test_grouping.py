@@ -62,6 +62,7 @@ def test_bytes_of_a_token_fall_in_proportion(kv_heads):
     assert all(torch.equal(a.attention.q.weight, b.attention.q.weight) for a, b in zip(result.blocks, model.blocks, strict=True))
 
 
+@pytest.mark.slow
 def test_it_trains_for_as_long_as_it_is_told():
     model, task = decoder(heads=4, kv_heads=4, vocab_size=64, dtype=torch.float32, sharpness=3.0), language_task()
     after = [quality(GroupHeads(1, steps=n, lr=3e-3)(model, task), task, "val").value for n in (0, 40)]

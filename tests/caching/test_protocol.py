@@ -53,12 +53,14 @@ def lossy_maker(technique):
     return lambda model, capacity: technique.rewrite_(model, None).new_cache(capacity=capacity)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kind=kinds, length=st.integers(1, 40), sizes=chunks, kv_heads=ratios, dtype=dtypes, rows=st.integers(1, 3))
 def test_cached_logits_equal_recomputed_ones(kind, length, sizes, kv_heads, dtype, rows):
     laws.equals_recomputed(EXACT[kind], length, sizes, kv_heads, dtype, rows)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(kind=kinds, length=st.integers(2, 30), keep=st.integers(0, 30), sizes=chunks, dtype=dtypes)
 def test_what_was_taken_back_leaves_no_trace(kind, length, keep, sizes, dtype):
@@ -80,6 +82,7 @@ def test_without_a_cache_the_whole_text_is_part_of_the_tree():
     laws.assert_equal_logits(seen[:, [5]], model(line[:, [0, 1, 2, 4, 5]])[:, -1:])
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(kind=st.sampled_from(RAGGED), rows=rows, new=st.integers(1, 5), dtype=dtypes)
 def test_rows_of_unequal_length_equal_one_by_one(kind, rows, new, dtype):

@@ -103,6 +103,7 @@ def who_sees_what_is_a_matter_of_places(bits=3, keys="channel", group=8, residua
     assert_equal_logits(chunked(model, technique(model).kv.new(model, capacity=1), ids, sizes), wanted)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(bits=st.integers(2, 8), keys=st.sampled_from(["channel", "token"]), group=st.sampled_from([8, 16]),
        residual=st.integers(1, 20), length=st.integers(1, 60), kv_heads=st.sampled_from([1, 2, 4]))  # fmt: skip
@@ -110,6 +111,7 @@ def test_a_query_sees_whole_blocks_rounded_that_end_before_the_residual(bits, ke
     who_sees_what_is_a_matter_of_places(bits, keys, group, residual, length, kv_heads=kv_heads)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(bits=st.sampled_from([2, 4, 8]), sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9), residual=st.integers(1, 20),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]))  # fmt: skip
@@ -133,6 +135,7 @@ def test_a_claim_counts_scales_and_zero_points(bits, group, claimed):
     assert technique.claim(technique(decoder(d_model=128, dtype=torch.float32))).value == pytest.approx(claimed)
 
 
+@pytest.mark.slow
 def test_eight_bits_halve_the_cache_of_bfloat16():
     """At most .55 of its bytes from a thousand tokens on, what is not packed included."""
     model = decoder(d_model=128, dtype=torch.bfloat16, context=2048)
@@ -205,6 +208,7 @@ def packed_too_early(self, low, right=QuantizedCache.settle):
     right(self, self.rounded(self.length))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bug, law", [
     ("rounded", rounded_one_later, who_sees_what_is_a_matter_of_places),
     ("advance", of_the_last_query, who_sees_what_is_a_matter_of_places),

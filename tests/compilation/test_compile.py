@@ -139,6 +139,7 @@ def test_two_threads_do_not_share_the_arena():
 # weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["written", "loaded", "replaced", "moved"])
 def test_changed_weights_count_even_where_they_were_folded(how):
     fast, model, x = compiled("resnet")
@@ -182,6 +183,7 @@ def test_what_lies_in_the_arena_is_really_not_allocated():
     assert peak(lambda: fast(x)).value < peak(lambda: model(x)).value / 2
 
 
+@pytest.mark.slow
 def test_products_are_counted_as_in_the_original():
     for name in SMALL:
         fast, model, x = compiled(name)
@@ -191,6 +193,7 @@ def test_products_are_counted_as_in_the_original():
 # files and copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_file_holds_the_original_and_compiles_again(name, tmp_path):
     fast, model, x = compiled(name)

@@ -101,12 +101,14 @@ def check_groups(program):
         assert max(position[name] for name in inside) == position[group[-1].name]
 
 
+@pytest.mark.slow
 @given(programs())
 @settings(max_examples=8)
 def test_groups_are_disjoint_and_only_their_last_value_is_read_outside(program):
     check_groups(program)
 
 
+@pytest.mark.slow
 @given(programs(8))
 @settings(max_examples=6)
 def test_a_kernel_read_operator_by_operator_means_the_same(program):

@@ -30,6 +30,7 @@ def test_a_graph_computes_what_the_model_does(program):
             assert close(run(graph, inputs(seed=seed)), program(*inputs(seed=seed)), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_zoo_is_captured(name):
     build, example = SMALL[name]

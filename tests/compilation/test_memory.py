@@ -109,12 +109,14 @@ def check_schedule(program):
     return graph, after
 
 
+@pytest.mark.slow
 @given(programs())
 @settings(max_examples=8)
 def test_a_schedule_respects_what_depends_on_what_and_never_needs_more(program):
     check_schedule(program)
 
 
+@pytest.mark.slow
 @given(programs(5))
 @settings(max_examples=8)
 def test_the_best_of_all_orders_is_never_above_the_greedy_one(program):

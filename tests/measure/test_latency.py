@@ -83,6 +83,7 @@ def test_the_spread_is_half_the_interquartile_range():
     assert (reading.value, reading.spread) == (3, (4 - 2) / 2)
 
 
+@pytest.mark.slow
 def test_a_slower_function_loses_the_race():
     race = interleaved({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.03)}, budget_s=0.0)
     assert race["long"].value > 2 * race["short"].value

@@ -11,6 +11,7 @@ from effkit.measure import TrainStep, peak, resident
 MB = 1_000_000
 
 
+@pytest.mark.slow
 def test_peak_of_known_allocations():
     def work():
         a = torch.empty(1 * MB, dtype=torch.uint8)
@@ -24,6 +25,7 @@ def test_peak_of_known_allocations():
     assert (reading.unit, reading.provenance) == ("B", "measured")
 
 
+@pytest.mark.slow
 def test_peak_of_a_chain_of_products():
     x = torch.randn(500, 500)  # 1 MB, alive before: not counted
 

@@ -249,6 +249,7 @@ def test_losses_are_pefts_step_by_step(scaling):
     assert ours[-1] < ours[0] - 0.02, "nothing was learnt, so equal losses would prove nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.peers("peft", "transformers")
 def test_a_forgotten_scale_is_caught_by_the_oracle(monkeypatch):
     """Planted: the update without alpha / r."""

@@ -121,6 +121,7 @@ def check_removed_equals_masked(name, seed):
     assert fewer > 0 or all(keep.all() for _, keep in choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "encoder"])  # its layers are read without being called
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**31))

@@ -105,6 +105,7 @@ def test_a_stored_scale_is_never_below_the_exact_one(w):
     assert (storable(scale) >= scale).all() and (storable(scale) <= scale * (1 + 2**-7)).all()
 
 
+@pytest.mark.slow
 def test_rounding_scales_down_would_be_caught(monkeypatch):
     """Planted: scales rounded to nearest leave the largest weights off the grid."""
     monkeypatch.setattr(

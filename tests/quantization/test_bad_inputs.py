@@ -223,6 +223,7 @@ def test_a_layer_with_fewer_inputs_than_a_fixed_group_is_handled(technique):
 # layouts and precisions
 
 
+@pytest.mark.slow
 @over(EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts_give_equal_results_and_bfloat16_stays(technique, dtype):
@@ -243,6 +244,7 @@ def test_layouts_give_equal_results_and_bfloat16_stays(technique, dtype):
 # sizes
 
 
+@pytest.mark.slow
 @over(tuple(t for t in EVERY if t not in SEARCHED and not isinstance(t, MixedPrecision)))
 @settings(max_examples=4)
 @given(st.data())

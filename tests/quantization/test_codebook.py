@@ -42,6 +42,7 @@ def floats(n=1 << 18, largest=448.0):
 # laws
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(1, 300), st.integers(1, 256), st.integers(-20, 20), st.integers(0, 999), st.booleans())
 def test_nearest_is_nearest(n, k, exponent, seed, repeated):
@@ -54,6 +55,7 @@ def test_nearest_is_nearest(n, k, exponent, seed, repeated):
     assert (off <= best + 1e-6 * levels.abs().max()).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(weights(), st.sampled_from(TECHNIQUES), st.booleans())
 def test_whatever_the_weights_each_gets_the_nearest_of_its_grid(w, technique, half):
@@ -151,6 +153,7 @@ def test_a_level_that_nothing_is_near_to_stays():
 # rate and distortion of a normal variable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_kmeans_finds_what_max_found(bits):
     x = normal(1, 1_000_000)
@@ -325,6 +328,7 @@ def test_the_largest_of_a_block_lies_between_4_and_8(w):
     assert ((scaled >= 4) & (scaled < 8)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.peers("torchao")
 def test_mxfp4_is_torchaos():
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
@@ -336,6 +340,7 @@ def test_mxfp4_is_torchaos():
 # planted bugs
 
 
+@pytest.mark.slow
 def test_the_level_below_instead_of_the_nearest_would_be_caught(monkeypatch):
     below = lambda x, levels: torch.searchsorted(levels, x, right=True).sub(1).clamp(min=0).to(torch.uint8)  # noqa: E731
     monkeypatch.setattr(codebook, "nearest", below)

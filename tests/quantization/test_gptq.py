@@ -55,6 +55,7 @@ def test_a_layer_whose_inputs_were_all_zero_is_rounded_to_nearest():
     assert torch.equal(GPTQ().store(w, Statistics(torch.zeros(40, 40), torch.zeros(40), 3))(), RTN().store(w, None)())
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 9), columns=st.integers(1, 300), bits=st.integers(2, 8), seed=st.integers(0, 99),
     group_size=st.sampled_from([-1, 0, 1, 7, 32]), size=st.sampled_from([0.0, 1e-30, 1.0, 1e6]),

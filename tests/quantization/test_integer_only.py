@@ -144,6 +144,7 @@ def test_equals_an_emulation_in_numpy_bit_by_bit(case):
     check_emulation(integers(model, images[:4]), images * 1.2)  # beyond the calibrated range as well
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=4), st.integers(1, 9), st.booleans())
 def test_linear_layers_of_any_size_equal_the_emulation(widths, batch, bias):
@@ -380,6 +381,7 @@ def onnx_layer(step, x: np.ndarray, zero_in: int, s_x: float) -> np.ndarray:
     )[0]
 
 
+@pytest.mark.slow
 @pytest.mark.peers("onnx", "onnxruntime")
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_onnx_runtime_differs_by_one_code_at_most_and_hardly_ever(name):

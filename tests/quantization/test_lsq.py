@@ -195,6 +195,7 @@ TECHNIQUES = [LSQ(2, 2, lr=1e-2), LSQ(3, 3, -1, lr=1e-2, ends=8), LSQ(4, None), 
               QAT(4, -1, True, activation_bits=4, ends=8)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_the_packed_model_is_the_one_that_was_trained(technique, monkeypatch):
     """Bit for bit, with integer products off: where sums are exact, a value near the middle between two codes may fall on the
@@ -507,6 +508,7 @@ def test_convolutions_open_from_their_file(technique, tmp_path):
     assert torch.equal(outputs(load(tmp_path / "model.safetensors"), task), outputs(result, task))
 
 
+@pytest.mark.slow
 def test_bytes_are_what_was_promised(tmp_path):
     """2 bits a weight and one bfloat16 a layer; the rest of the file is biases and its header."""
     model = trained(16, 512, 512, 4)

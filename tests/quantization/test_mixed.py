@@ -77,6 +77,7 @@ def test_greedy_comes_close_where_layers_are_many():
         assert best <= close <= 1.15 * best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "task"), [(mlp, image_task()), (resnet, image_task()), (gpt, language_task())])
 def test_the_result_keeps_its_budget_and_each_layer_is_what_its_rounding_makes(make, task):
     model = make()
@@ -135,6 +136,7 @@ def integer_program(costs, sizes, budget):
     return milp(np.concatenate(costs), constraints=limits, integrality=np.ones(sum(n)), bounds=(0, 1), options={"mip_rel_gap": 0}).fun
 
 
+@pytest.mark.slow
 def test_the_exact_choice_is_an_integer_programs():
     for seed in range(3):
         problem = many_layers(seed)

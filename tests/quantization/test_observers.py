@@ -35,6 +35,7 @@ def normal(*shape, seed=0):
 # laws of all
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(weights(), bits_, st.sampled_from(sorted(OBSERVERS)), st.sampled_from([-1, 0, 1, 7, 32]), st.booleans())
 def test_whatever_the_numbers_the_grid_can_be_stored_and_is_never_absurd(w, bits, search, group_size, symmetric):
@@ -121,6 +122,7 @@ def test_a_percentage_that_is_none_is_refused(percent):
 # least squares
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(weights(), bits_, st.sampled_from([-1, 1, 5, 32]))
 def test_improvements_only(w, bits, group_size):
@@ -130,6 +132,7 @@ def test_improvements_only(w, bits, group_size):
     assert (errors[0] <= errors[1]).all() and (errors[1] <= errors[2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 6, 8])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_least_squares_is_near_the_optimum_of_small_groups(size, bits):

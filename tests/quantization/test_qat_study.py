@@ -32,6 +32,7 @@ def test_both_ways_differ_in_nothing_but_how_steps_are_found():
                 assert all(getattr(technique, field) == getattr(twin, field) for field in shared)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(small, tmp_path, monkeypatch):
     real, done = qat.cell, []
 

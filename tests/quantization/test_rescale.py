@@ -136,6 +136,7 @@ def test_one_alpha_by_hand():
     assert abs(plain[0, 1] + 0.3) > 0.09 and abs(made[0, 1] + 0.3) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.peers("torchao")
 def test_the_search_is_as_good_as_torchao_s():
     """Its scales (from mean |x|, 20 alphas, measured on the inputs themselves) with our rounding: the same errors within 10 %."""
@@ -156,6 +157,7 @@ def test_the_search_is_as_good_as_torchao_s():
 # AWQ: the technique
 
 
+@pytest.mark.slow
 def test_a_model_loses_less_than_by_rounding_to_nearest():
     model, task = outliers_put_in(gpt(), factor=16.0, rng=torch.Generator().manual_seed(0)), language_task()
     wanted = outputs(model, task)
@@ -320,11 +322,13 @@ def test_a_search_that_takes_the_worst_is_caught(monkeypatch):
     fails(test_the_searched_alpha_loses_no_more_than_the_default)
 
 
+@pytest.mark.slow
 def test_a_column_scale_on_one_side_only_is_caught(monkeypatch):
     monkeypatch.setattr(AWQ, "rescaled", lambda self, w, scale: RTN.store(self, w / scale, None))
     fails(lambda: test_channels_of_unequal_size_make_it_much_better(4))
 
 
+@pytest.mark.slow
 def test_small_channels_protected_instead_of_large_ones_is_caught(monkeypatch):
     right = rescale.column_scale
     monkeypatch.setattr(rescale, "column_scale", lambda sizes, alpha: right(sizes, -alpha))

@@ -39,6 +39,7 @@ def test_what_is_added_is_a_mean_of_windows_and_its_error_knows_the_texts():
         study.added(study_, "m", "other")
 
 
+@pytest.mark.slow
 def test_texts_to_calibrate_with_do_not_overlap():
     task = zoo.load("gpt-small")[1]
     starts = [study.calibrated(task, which).calib.ids[:50].tolist() for which in (0, 1, 2)]

@@ -60,6 +60,7 @@ def told(candidates) -> list[tuple]:
     return [(c.key, c.refused, {name: r.value for name, r in c.readings.items()}) for c in candidates]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_measures_as_many_different_candidates_as_asked_the_unchanged_model_first(sampler):
     found = search(sampler=sampler).run(25)
@@ -68,6 +69,7 @@ def test_measures_as_many_different_candidates_as_asked_the_unchanged_model_firs
     assert all(told([c]) == told([toy(c.technique)]) for c in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_seed_same_search_another_seed_another(sampler):
     first, again, other = (told(search(sampler=sampler, seed=seed).run(15)) for seed in (1, 1, 2))

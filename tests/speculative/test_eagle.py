@@ -148,6 +148,7 @@ def fed_so_far(self, seen):
     return seen.features if self.states is None else torch.cat((self.states, seen.features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bug", PLANTED.values(), ids=PLANTED.keys())
 def test_a_planted_bug_is_seen_in_what_is_proposed(monkeypatch, name, bug):
     monkeypatch.setattr(Drafter, name, bug, raising=False)
@@ -211,6 +212,7 @@ DISTRIBUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
 def test_a_distribution_that_is_not_the_one_drawn_from_is_refused(monkeypatch, bug):
     right = Drafter.__call__
@@ -358,6 +360,7 @@ def test_it_chooses_from_the_tokens_that_were_most_frequent():
 # files, sizes, refusals
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_head(tmp_path, monkeypatch):
     model, ids = learned(torch.bfloat16), cyclic(8)[None]
     technique = Eagle(gamma=2, branching=(2, 1), frequent=10, steps=5, lr=1e-2)

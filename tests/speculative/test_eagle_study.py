@@ -47,6 +47,7 @@ def test_every_draft_has_its_tokens_a_pass_and_its_seconds(small):
         eagle.faster(study, "nothing", "pydoc", 0.0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_writes_no_text_twice(small, monkeypatch):
     whole, wanted = eagle.training(), effkit.load(small / f"{eagle.HEAD}.safetensors").state_dict()
     for path in (small / "results" / "eagle").iterdir():

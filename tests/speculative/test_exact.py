@@ -45,6 +45,7 @@ def gap(gamma: int = 2, new: int = 3, sampler: Sampler = SAMPLERS["plain"], stop
     return largest_gap(outcome, joint(target, ids, new, sampler, stop))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 def test_joint_distribution_is_the_target_s_by_enumeration(sampler):
     assert gap(sampler=sampler) < 1e-9
@@ -55,6 +56,7 @@ def test_for_every_gamma_and_length(gamma, new):
     assert gap(gamma, new, SAMPLERS["plain" if new < 3 else "top-k"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_stop_token_inside_a_block_ends_the_text():
     assert gap(gamma=3, new=3, stop=1) < 1e-9
 

@@ -198,6 +198,7 @@ def trained_heads_help() -> None:
     assert tokens_a_pass(steps=0) < 1.5 and tokens_a_pass(steps=60) > 2.5
 
 
+@pytest.mark.slow
 def test_trained_heads_give_more_tokens_a_pass():
     trained_heads_help()
 

@@ -178,6 +178,7 @@ def test_a_guess_at_the_wrong_places_is_noticed(monkeypatch, bug):
         passes_are_jacobi_s()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 20), gamma=st.integers(1, 8))
 def test_a_block_is_solved_after_as_many_passes_as_it_has_places(seed, gamma):
@@ -275,6 +276,7 @@ def lookahead_pays():
     assert tokens_a_pass(Lookahead()) > 2.2 and tokens_a_pass(Lookahead(ngram=6)) > tokens_a_pass(Lookahead(ngram=3))
 
 
+@pytest.mark.slow
 def test_n_grams_that_were_guessed_give_more_tokens_a_pass_than_guesses_at_their_places():
     lookahead_pays()
 

@@ -60,6 +60,7 @@ def test_an_alpha_that_is_no_probability_is_refused(alpha):
         expected_tokens(alpha, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [1, 3])
 def test_tokens_a_pass_follow_the_law_where_acceptance_is_independent(gamma):
     """p and q that do not depend on the text: every proposal is accepted with the same probability."""
@@ -84,6 +85,7 @@ def test_no_passes_give_no_rates():
     assert math.isnan(statistics([]).acceptance) and math.isnan(statistics([]).tokens_per_pass)
 
 
+@pytest.mark.slow
 def test_a_law_off_by_one_is_noticed(monkeypatch):
     monkeypatch.setattr(__name__ + ".expected_tokens", lambda alpha, gamma: sum(alpha**i for i in range(gamma)))
     with pytest.raises(AssertionError):

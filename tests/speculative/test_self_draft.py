@@ -212,10 +212,12 @@ def training_helps():
     assert passes[1] >= passes[0], passes
 
 
+@pytest.mark.slow
 def test_a_trained_exit_is_accepted_more_often():
     training_helps()
 
 
+@pytest.mark.slow
 def test_training_that_reads_the_wrong_teacher_is_noticed(monkeypatch):
     stranger = decoder(3, torch.float32, vocab_size=16)
     distill = __import__("effkit.distillation.distill", fromlist=["distillation_loss"])
@@ -225,6 +227,7 @@ def test_training_that_reads_the_wrong_teacher_is_noticed(monkeypatch):
         training_helps()
 
 
+@pytest.mark.slow
 def test_with_a_trained_exit_the_text_and_the_weights_are_the_target_s(tmp_path):
     model, result, _ = exit_of(1)
     ids = cyclic(8).repeat(3, 1)

