@@ -9,12 +9,11 @@ Idea      Keep those that will be looked at. Which are they?
 Places    Keys keep the places they had in the text. In Window a sink is never farther from a query than sinks + window - 1,
           as if the tokens between had not been: the query is rotated twice, for the sinks at that place.
 Heads     Query heads that share a key-value head throw away together: their attention is added up.
-What came Bits per byte that are lost where each token sees 64 of up to 1,022 before it. SmolLM2-135M: sliding window .325, with
-          one sink .084, H2O .109, by the mean .054, chance in its place .345 (2 windows, recent 16). gpt-small, which learned
-          on 256 tokens and has no sinks: sliding .083, H2O .215, chance .092 (4 windows). Attention is not all: by the mean
-          H2O keeps more of it than a sliding window on gpt-small, and still loses more. SnapKV, bits a token behind a prompt
-          of 768 of which 64 stay: SmolLM2-135M .33, without smoothing .29, chance 1.36, the newest 1.35, but the newest and
-          the first four .31 (2 windows).
+What came Bits a token more where each sees 64 of up to 1,022 before it (`effkit study caching`). SmolLM2-135M: sliding window
+          1.79, with one sink .43, H2O .65, by the mean .28. gpt-small, which has no sinks: sliding .48, H2O .73, by the mean
+          .54. Attention is not all: by the mean H2O keeps more of it than a sliding window on gpt-small, and still loses
+          more. SnapKV behind a prompt of 768 of which 64 stay: .25 on either, without smoothing .23 and .29. In its place on
+          SmolLM2-135M (2 other windows): .33, chance 1.36, the newest 1.35, but the newest and the first four .31.
 Limit     H2O goes token by token once its budget is full. SnapKV takes the first pass for the prompt, so a prompt that is cut
           in two is compressed otherwise, and so is one of a single token behind which more is proposed than the budget.
 Left out  Budgets that differ between layers or heads (PyramidKV, Ada-KV); merging instead of throwing away.
