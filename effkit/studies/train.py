@@ -97,8 +97,7 @@ def taught_by(teacher: str, divergence: str = "forward") -> Callable[[nn.Module]
     divergence of the distributions at every place, in nats (Hinton et al. 2015, arXiv:1503.02531, eq. 4 with T = 1)."""
 
     def loss_of(model: nn.Module) -> Loss:
-        knows = compiled(zoo.load(teacher)[0].requires_grad_(False))
-        learns = compiled(model)
+        knows, learns = compiled(zoo.load(teacher)[0].requires_grad_(False)), compiled(model)
 
         def loss(_: nn.Module, batch: Batch) -> torch.Tensor:
             with torch.no_grad():

@@ -137,6 +137,19 @@ def test_without_masters_small_steps_would_be_lost(monkeypatch):
     assert drift(torch.bfloat16) == 1.0
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_products_are_of_bfloat16_only_where_there_are_instructions_for_them(has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    seen = []
+
+    def loss(model, batch):
+        seen.append((out := model(batch[0])).dtype)
+        return out.float().square().mean()
+
+    fit(toy_model(), toy_task(), Schedule(steps=1, autocast=True), loss=loss)
+    assert seen == [torch.bfloat16 if has else torch.float32]
+
+
 def test_an_unused_parameter_stays_as_it_is_in_half_precision():
     model = toy_model(torch.bfloat16)
     model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.bfloat16)))
