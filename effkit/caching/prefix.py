@@ -52,18 +52,26 @@ class Node:
 
     def path(self) -> list[int]:
         """The pages from the root to its end."""
-        return self.parent.path() + self.pages if self.parent else []
+        node, pages = self, list[int]()
+        while node.parent:  # no recursion: a chat of a thousand turns is a thousand nodes deep
+            pages[:0], node = node.pages, node.parent
+        return pages
 
     def needed(self, references: Sequence[int]) -> int:
         """How many pages of its edge and behind it are read by a text, or lie before one that is."""
-        behind = sum(child.needed(references) for child in self.children.values())
-        read = [i for i, page in enumerate(self.pages, 1) if references[page] > 1]
-        return behind + (len(self.pages) if behind else max(read, default=0))
+        found: dict[Node, int] = {}
+        for node in reversed([*self.all()]):
+            behind = sum(found[child] for child in node.children.values())
+            read = max((i for i, page in enumerate(node.pages, 1) if references[page] > 1), default=0)
+            found[node] = behind + (len(node.pages) if behind else read)
+        return found[self]
 
     def all(self) -> "Iterator[Node]":
-        yield self
-        for child in self.children.values():
-            yield from child.all()
+        """Itself and all behind it, each after its parent."""
+        waiting = [self]
+        while waiting:
+            yield (node := waiting.pop())
+            waiting += node.children.values()
 
 
 class PrefixCache:

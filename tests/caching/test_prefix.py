@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from effkit.caching import prefix, streams
 from effkit.caching.paged import PagedCache, Pool, Table, reserve
-from effkit.caching.prefix import PrefixCache, blocks, chains, hit_rate, hits, reuse_distances
+from effkit.caching.prefix import Node, PrefixCache, blocks, chains, hit_rate, hits, reuse_distances
 from effkit.caching.streams import Request, paced, passage, stream
 from tests.caching.decoders import assert_equal_logits, decoder, text
 
@@ -84,6 +84,18 @@ def test_what_a_text_reads_is_not_evicted_and_a_half_eviction_does_not_happen():
     assert tree.evict(2) == 2 and tree.pages() == 2 and tree.match((1, 2, 3)).length == 2
     del reader
     assert tree.evict(2) == 2 and tree.pages() == 0 and len(tree.pool.free) == 5
+
+
+def test_a_chat_of_two_thousand_turns_is_a_tree_two_thousand_deep():
+    root = leaf = Node(None, [], [], 0)
+    for i in range(2000):
+        node = Node(leaf, [(i,)], [i], i)
+        leaf.children[(i,)] = node
+        leaf = node
+    assert leaf.path() == list(range(2000)) and len([*root.all()]) == 2001
+    references = [1] * 2000
+    references[1499] = 2
+    assert root.needed(references) == 1500
 
 
 def test_of_two_that_computed_the_same_one_gives_its_copies_back():
