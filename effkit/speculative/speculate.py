@@ -140,16 +140,9 @@ class DraftModel(Proposer):
 
 
 def speculative_generate(
-    target: nn.Module,
-    draft: nn.Module,
-    ids: Int[Tensor, "1 n"],
-    max_new_tokens: int,
-    *,
-    gamma: int | Adaptive = 4,
-    sampler: Sampler = PLAIN,
-    stop: int | Collection[int] | None = None,
-    rng: torch.Generator | None = None,
-) -> Int[Tensor, "1 m"]:
+    target: nn.Module, draft: nn.Module, ids: Int[Tensor, "1 n"], max_new_tokens: int, *, gamma: int | Adaptive = 4,
+    sampler: Sampler = PLAIN, stop: int | Collection[int] | None = None, rng: torch.Generator | None = None,
+) -> Int[Tensor, "1 m"]:  # fmt: skip
     """Prompt and continuation, distributed exactly as `generate(target, ...)`; with temperature 0, the same tokens.
 
     Raises ValueError for gamma < 1, several rows, a draft of another vocabulary or of too short a context.

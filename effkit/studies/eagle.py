@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,17 +25,15 @@ from tqdm.auto import tqdm
 from effkit import zoo
 from effkit.caching import Fused
 from effkit.core.checkpoint import SCHEMA, read_tensors, save, write_tensors
-from effkit.core.generation import Sampler
 from effkit.core.paths import data_dir
 from effkit.core.recipe import to_json
 from effkit.core.task import Batches, Task
 from effkit.core.technique import Technique
 from effkit.core.training import Schedule
-from effkit.measure.latency import median_interval, samples
 from effkit.speculative import Eagle, EarlyExit, PromptLookup, Speculative
 from effkit.speculative.eagle import eagle_loss, fresh_head
 from effkit.speculative.heads import train_beside
-from effkit.speculative.law import statistics
+from effkit.studies.decoding import raced, ratio
 from effkit.studies.study import Cells, Study
 
 HEAD = "eagle-smollm2"
@@ -113,14 +111,8 @@ def prompts(kind: str) -> list[Int[Tensor, "1 n"]]:
 
 def cell(draft: Technique, kind: str, temperature: float) -> dict:
     """What a draft gives, and the seconds that the texts take without it and with it, round by round."""
-    plain, sampler, begun = loaded()[0], Sampler(temperature=temperature), prompts(kind)
-    drafting: Any = draft(plain)
-    write = lambda decode, model: [list(decode(model, ids, NEW, sampler=sampler, rng=torch.Generator().manual_seed(i))) for i, ids in enumerate(begun)]  # noqa: E731
-    found = statistics(step for steps in write(drafting.decoding.passes, drafting) for step in steps)
-    seconds = samples({"plain": partial(write, plain.decoding, plain), "drafting": partial(write, drafting.decoding, drafting)},
-                      min_repeats=ROUNDS, budget_s=0.0, warmup=1)  # fmt: skip
-    counted = {"tokens a pass": found.tokens_per_pass, "acceptance": found.acceptance, "proposed a pass": found.proposed / found.passes}
-    return counted | {"seconds": {name: [round(s, 4) for s in each.tolist()] for name, each in seconds.items()}}
+    plain = loaded()[0]
+    return raced(plain, draft(plain), prompts(kind), temperature, new=NEW, rounds=ROUNDS)
 
 
 def cells() -> Cells:
@@ -145,6 +137,4 @@ def faster(study: dict, draft: str, kind: str, temperature: float) -> tuple[floa
     """Plain seconds over those with the draft, round by round: the median and its interval at 95 %."""
     if (key := f"{draft}; {kind}; {temperature}") not in study["cells"]:
         raise KeyError(f"no cell {key!r} in the study; there are {', '.join(study['cells'])}")
-    seconds = study["cells"][key]["seconds"]
-    ratios = [plain / drafting for plain, drafting in zip(seconds["plain"], seconds["drafting"], strict=True)]
-    return (median(ratios), *median_interval(ratios))
+    return ratio(study["cells"][key])

@@ -1,0 +1,111 @@
+"""The study of all drafts on all models: what its cells hold, and that the texts it races are the ones it says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from effkit import zoo
+from effkit.core.technique import Pipeline
+from effkit.speculative import EarlyExit, PromptLookup, Speculative, SpeculativeTree
+from effkit.studies import decoding as study
+from effkit.zoo.data import Windows
+from effkit.zoo.use import Use
+from tests.speculative.cycles import cyclic, learned, windows
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The same study of a decoder that knows a cycle."""
+    model, task = learned(), replace(windows(), val=Windows(cyclic(400), length=16, size=1))
+    monkeypatch.setattr(study, "loaded", lambda name: (model, task))
+    monkeypatch.setattr(study, "prompts", lambda name, kind: [cyclic(8)[None], cyclic(5)[None]])
+    monkeypatch.setattr(study, "MODELS", {"gpt-small": torch.float32})
+    for name, value in dict(NEW=10, ROUNDS=6).items():
+        monkeypatch.setattr(study, name, value)
+    return model
+
+
+@pytest.mark.slow
+def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    chosen = {"prompt lookup": PromptLookup(), "half": Speculative(EarlyExit(0.5)), "tree": SpeculativeTree(EarlyExit(0.5), (2, 1))}
+    monkeypatch.setattr(study, "drafts", lambda model: chosen)
+    made = study.STUDY.run(tmp_path / "decoding.json")
+    assert made == json.loads((tmp_path / "decoding.json").read_text())
+    assert set(made["cells"]) == {f"gpt-small: {name}" for name in chosen}
+    for name, cell in made["cells"].items():
+        assert set(cell) == {f"{kind}; {temperature}" for kind in study.KINDS for temperature in study.TEMPERATURES}
+        for case, found in cell.items():
+            known = case.endswith("0.0") and "tree" not in name
+            assert set(found["seconds"]) == {"plain", "drafting"} | ({"theirs plain", "theirs drafting"} if known else set())
+            assert found["tokens a pass"] >= 1 and {len(each) for each in found["seconds"].values()} == {6}
+            middle, low, high = study.ratio(found)
+            assert 0 < low <= middle <= high
+
+
+def test_transformers_writes_the_same_texts(small):
+    pytest.importorskip("transformers")
+    begun = study.prompts("gpt-small", "held out")
+    for draft in (PromptLookup(), Speculative(EarlyExit(0.5))):
+        for write in study.theirs(small, draft, begun).values():
+            for theirs, ids in zip(write(), begun, strict=True):
+                assert torch.equal(theirs, small.generate(ids, study.NEW, temperature=0.0))
+
+
+def test_a_ratio_is_that_of_each_round():
+    cell = {"seconds": {"plain": [1.0, 2.0, 3.0, 4.0, 5.0, 8.0], "drafting": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}}
+    assert study.ratio(cell) == (3.5, 1.0, 8.0) and study.ratio(cell, "drafting", "plain")[0] == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
+MODULE = '''
+def short():
+    return 1
+
+
+@decorated
+def other(x):
+    """1"""
+    2
+    3
+    4
+    5
+    6
+    return 7
+
+
+def walk(tree, walk_on):
+    """Up
+    and
+    down.
+    """
+    for node in tree:
+        walk_on(node)
+    return tree
+'''
+
+
+def test_the_head_of_the_copy_stands_behind_the_function():
+    (found,) = study.functions(MODULE)
+    assert found.startswith("def walk(tree, walk_on):\n") and found.endswith("    return tree\n\n\ndef walk_2(tree, walk_on):\n")
+
+
+@pytest.mark.slow
+def test_texts_are_held_out_and_short_enough():
+    model, task = study.loaded("gpt-small")
+    for kind in study.KINDS:
+        begun = study.prompts("gpt-small", kind)
+        assert len(begun) == study.TRIALS and len({tuple(ids[0].tolist()) for ids in begun}) == study.TRIALS
+        assert all(1 <= ids.shape[1] <= model.context - study.NEW for ids in begun)
+    text = " ".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits"))
+    heads = [line for line in text.splitlines() if line.startswith("def ")]
+    assert len(heads) == 2 * study.TRIALS and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
+
+
+def test_transformers_is_asked_only_where_it_knows_the_draft(small):
+    pytest.importorskip("transformers")
+    begun = study.prompts("gpt-small", "edits")
+    named = Pipeline((Use("gpt-small"),))
+    assert not study.theirs(small, SpeculativeTree(EarlyExit(0.5)), begun)
+    assert not study.theirs(small, Speculative(named, cost=0.2), begun)
