@@ -31,10 +31,10 @@ from effkit.caching.paged import PagedCache, PagesExhausted, Pool, Table, pages_
 from effkit.caching.prefix import PrefixCache
 from effkit.caching.streams import Request
 from effkit.core.checks import require_choice, require_float, require_int
-from effkit.core.generation import Cache, check_prompt
+from effkit.core.generation import Cache, Sampler, check_prompt
 from effkit.measure.latency import synchronize
 
-POLICIES = ("continuous", "static")
+POLICIES, GREEDY = ("continuous", "static"), Sampler(temperature=0.0)
 Run = Callable[[], Tensor]
 #: runs a pass over so many rows with so many tokens each; its result, and the seconds that it took
 Clock = Callable[[Run, int, int], tuple[Tensor, float]]
@@ -281,8 +281,8 @@ class Engine:
 def next_tokens(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Int[Tensor, " b"]:
     """What each row goes on with; the logits behind its other tokens are not computed where the model lets them be."""
     if hasattr(model, "features") and hasattr(model, "logits"):
-        return model.logits(model.features(ids, cache)[:, -1:])[:, 0].argmax(-1)  # type: ignore[operator]
-    return model(ids, cache)[:, -1].argmax(-1)
+        return GREEDY.draw(model.logits(model.features(ids, cache)[:, -1:])[:, 0], None)  # type: ignore[operator]
+    return GREEDY.draw(model(ids, cache)[:, -1], None)
 
 
 def throughput_at_latency(

@@ -220,7 +220,7 @@ class Sampler:
 
     def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """The distribution, in float32 at least."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = numbers(logits) if logits.dtype == torch.float64 else numbers(logits).float()
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.temperature
@@ -231,16 +231,22 @@ class Sampler:
 
     def draw(self, logits: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return numbers(logits).argmax(-1)
         return sample(self.probabilities(logits), rng)
+
+
+def numbers(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+    """The logits. Raises ValueError where one of them is none: greedily, NaN would be the likeliest token."""
+    if logits.isnan().any():
+        raise ValueError("the model's logits hold NaN: look for NaN or infinity in its weights, and where it is float16, take bfloat16")
+    return logits
 
 
 def nucleus(probabilities: Float[Tensor, "... vocab"], top_p: float) -> Float[Tensor, "... vocab"]:
     """The smallest set of most probable tokens with top_p of the mass (Holtzman et al. 2019, arXiv:1904.09751)."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
-    kept = torch.zeros_like(probabilities).scatter(-1, index, kept)
+    kept = torch.zeros_like(probabilities).scatter(-1, index, torch.where(before < top_p, ordered, 0.0))
     return kept / kept.sum(-1, keepdim=True)
 
 
@@ -263,8 +269,7 @@ def generate(
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     read_prompt(model, ids, cache)
     for _ in range(max_new_tokens):
-        token = sampler.draw(model(ids[:, cache.length :], cache)[:, -1], rng)
-        token = torch.where(done, ids[:, -1], token)
+        token = torch.where(done, ids[:, -1], sampler.draw(model(ids[:, cache.length :], cache)[:, -1], rng))
         ids = torch.cat((ids, token[:, None]), dim=1)
         done = done | torch.isin(token, stops)
         if done.all():
@@ -286,13 +291,11 @@ def read_prompt(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Floa
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
     """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
     if ids.dim() != 2 or ids.shape[1] == 0:
-        how = "begin with a start-of-text token"
-        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}; {how}")
+        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}; begin with a start-of-text token")
     require_int("max_new_tokens", max_new_tokens, 0)
     context = getattr(model, "context", None)
     if context is not None and ids.shape[1] + max_new_tokens > context:
-        asked = f"{ids.shape[1]} tokens and {max_new_tokens} new ones"
-        raise ValueError(f"{asked} exceed the model's context of {context}; shorten the prompt or ask for less")
+        raise ValueError(f"{ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of {context}; shorten the prompt or ask for less")
 
 
 def stop_tensor(stop: int | Collection[int] | None, device) -> Int[Tensor, " s"]:

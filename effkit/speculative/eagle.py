@@ -105,10 +105,11 @@ def on_texts(target: Any) -> Loss:
     return loss
 
 
-def fresh_head(target: Any, texts: Iterable[Batch] | None, *, frequent: int | None, seed: int) -> EagleHead:
-    """An untrained head of the target's widths, dtype and device, for the tokens most frequent in the texts."""
+def fresh_head(target: Any, texts: Iterable[Batch] | None, *, frequent: int | None, seed: int, **sizes: int) -> EagleHead:
+    """An untrained head of the target's dtype, device and widths but for these sizes, such as d_ff=512, for the tokens
+    most frequent in the texts."""
     state = state_of(target)
-    numbers = {**asdict(target.config), "d_model": state.shape[-1], "frequent": frequent}
+    numbers = {**asdict(target.config), "d_model": state.shape[-1], "frequent": frequent, **sizes}
     head: Any = build("EagleHead", tuple(numbers.items()), seed=seed).to(state.device, state.dtype)
     if frequent is not None:
         counts: Any = sum(torch.bincount(ids.flatten(), minlength=vocabulary(target)) for ids, _ in texts or ())

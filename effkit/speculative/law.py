@@ -9,7 +9,7 @@ Limit     Acceptance is not independent: a text has easy and hard places. v is 1
 Source    Leviathan et al. 2022, arXiv:2211.17192, eq. 1 and theorem 3.8, which takes v = 1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -23,6 +23,21 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     require_float("alpha", alpha, 0.0, 1.0, hint="it is a probability")
     require_int("gamma", gamma, 0)
     return sum(alpha**i for i in range(gamma + 1))
+
+
+def expected_passes(chances: Sequence[float], gamma: int) -> float:
+    """Passes that write a text of which token i, had it been proposed, would have been accepted with chances[i], which is
+    min(1, q / p) at that token. The text being given, these coins are independent, however hard its places are."""
+    n = len(chances)
+    passes = [0.0] * (n + 1)  # from each place on
+    for i in reversed(range(n)):
+        reach, last = 1.0, min(i + gamma, n - 1)
+        passes[i] = 1.0
+        for j in range(i, last):  # token j is the first to be replaced
+            passes[i] += reach * (1 - chances[j]) * passes[j + 1]
+            reach *= chances[j]
+        passes[i] += reach * passes[last + 1]  # all were accepted, and one came as a bonus
+    return passes[0]
 
 
 def one(gamma: int) -> float:

@@ -1,9 +1,14 @@
-"""What each way to guess gives, on each model: recorded by `python -m effkit study decoding`, on an idle machine.
+"""How fast each model writes, by each cache and each way to guess: `python -m effkit study decoding`, on an idle machine.
 
-A cell is one model and one draft. For each kind of text and temperature it holds tokens a pass, how many proposals were
-accepted, and the seconds of the same texts with the draft and without, in turns, both by the fused kernels of chapter 07.
-Where transformers knows the draft, too, it writes the same greedy texts in the same turns, with its own cache and settings.
-Texts are held-out ones continued, and code edited: a held-out function, and the head of its copy under another name.
+Drafts    A cell is one model and one draft. For each kind of text and temperature it holds tokens a pass, how many proposals
+          were accepted, and the seconds of the same texts with the draft and without, in turns, both by the fused kernels
+          of chapter 07. Where transformers knows the draft, too, it continues the same prompts greedily in the same turns,
+          with its own cache and settings. How many greedy texts part from ours is counted.
+          Of a draft model, the tokens a pass are also foretold: from sum min(p, q) by the law, and place by place, on
+          texts that the target wrote alone.
+Texts     Held-out ones continued, and code edited: a held-out function, and the head of its copy under another name.
+Caches    A cell is one model in one precision: greedy texts by every cache and by transformers with each of its own.
+Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy.
 """
 
 import ast
@@ -19,15 +24,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from effkit import zoo
-from effkit.caching import Fused
+from effkit.caching import Fused, Preallocated, Recompute, Window
+from effkit.caching.batching import POLICIES, serve, throughput_at_latency
+from effkit.caching.streams import paced, stream
 from effkit.core.generation import Sampler
 from effkit.core.recipe import to_json
 from effkit.core.task import Task
-from effkit.core.technique import Pipeline, Technique
+from effkit.core.technique import Identity, Pipeline, Technique
 from effkit.distillation import Distill
 from effkit.measure.latency import median_interval, samples
 from effkit.pruning import Magnitude
-from effkit.quantization import RTN
+from effkit.quantization import GPTQ, RTN
 from effkit.speculative import (
     Eagle,
     EarlyExit,
@@ -39,7 +46,9 @@ from effkit.speculative import (
     Speculative,
     SpeculativeTree,
 )
-from effkit.speculative.law import statistics
+from effkit.speculative.law import expected_passes, expected_tokens, statistics
+from effkit.speculative.speculate import SpeculativeDecoding
+from effkit.speculative.verify import overlap
 from effkit.studies.study import Cells, Study
 from effkit.zoo.data import stdlib_text
 from effkit.zoo.use import Use
@@ -47,7 +56,12 @@ from effkit.zoo.use import Use
 MODELS = {"gpt-small": torch.float32, "gpt-target": torch.bfloat16, "smollm2": torch.bfloat16}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
 TRIALS, PROMPT, NEW, ROUNDS = 4, 64, 64, 7  # texts of each kind, tokens of a held-out one to begin with, new ones, times each is timed
+LONG = 16  # texts by which tokens a pass are foretold
 LESSONS = 400_000  # tokens of the training text that a draft may learn from
+REQUESTS = 60  # of the stream that is served
+CACHES = {"recomputed": Recompute(), "concatenated": Identity(), "preallocated": Preallocated(), "fused": Fused(), "a window of 256": Window(252, 4)}
+STATIC = {"cache_implementation": "static"}
+THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": STATIC | {"compiled": True}}
 
 
 def drafts(model: str) -> dict[str, Technique]:
@@ -55,17 +69,22 @@ def drafts(model: str) -> dict[str, Technique]:
     found: dict[str, Technique] = {
         "prompt lookup": PromptLookup(), "Jacobi": Jacobi(), "lookahead": Lookahead(),
         "half of the blocks": Speculative(EarlyExit(0.5)),
-        "5 of 6 blocks, the least missed one out": Speculative(SkipLayers(1 / 6, examples=4), gamma=2),
-        "a copy in 4 bits": Speculative(RTN(bits=4)), "a copy without half of its weights": Speculative(Magnitude(0.5)),
+        "five sixths of the blocks": Speculative(EarlyExit(5 / 6), gamma=2),
+        "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4), gamma=2),
+        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)), "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
+        "a copy without half of its weights": Speculative(Magnitude(0.5)),
     }  # fmt: skip
     if model != "smollm2":  # effkit study eagle trains for that one
         found["a third of the blocks, distilled"] = Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2))
         found |= {"Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300)}
     if model == "gpt-target":
-        for name in ("gpt-small", "gpt-draft", "gpt-draft-distilled"):
-            found[name] = Speculative(named := Pipeline((Use(name), Fused())))
+        for name, gamma in product(("gpt-small", "gpt-draft", "gpt-draft-distilled"), (2, 4, 8)):
+            found[f"{name}, {gamma} in a line"] = Speculative(named := Pipeline((Use(name), Fused())), gamma=gamma)
         found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
         found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.25)
+        for way in ("forward", "reverse"):
+            taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0, divergence=way)  # type: ignore[arg-type]
+            found[f"gpt-draft, taught by {way} KL"] = Speculative(taught)
     return found
 
 
@@ -78,10 +97,10 @@ def loaded(name: str) -> tuple[Any, Task]:
     return model, replace(task, train=replace(task.train, ids=task.train.ids[:LESSONS]))  # type: ignore[attr-defined, type-var]
 
 
-def prompts(name: str, kind: str) -> list[Int[Tensor, "1 n"]]:
-    """What texts of this kind begin with."""
+def prompts(name: str, kind: str, some: int = 0) -> list[Int[Tensor, "1 n"]]:
+    """What texts of this kind begin with; of held-out ones there are more."""
     if kind == "held out":
-        return [loaded(name)[1].val.at(i)[0][:1, :PROMPT] for i in range(TRIALS)]  # type: ignore[union-attr]
+        return [loaded(name)[1].val.at(some * TRIALS + i)[0][:1, :PROMPT] for i in range(TRIALS)]  # type: ignore[union-attr]
     coder, first = zoo.tokenizer(name), (part for text in stdlib_text("val") for part in functions(text)[:1])
     return [torch.tensor([coder.encode(next(first), add_special_tokens=False).ids]) for _ in range(TRIALS)]
 
@@ -90,7 +109,8 @@ def functions(text: str) -> list[str]:
     """Functions of a module, 8 to 15 lines long, each with the head of its copy under another name."""
     found = []
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list and 8 <= len(lines := text.splitlines()[node.lineno - 1 : node.end_lineno]) <= 15:
+        lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and 8 <= len(lines) <= 15:
             found.append("\n".join((*lines, "", "", lines[0].replace(node.name, f"{node.name}_2", 1), "")))
     return found
 
@@ -103,9 +123,36 @@ def raced(
     write = lambda decode, model: [list(decode(model, ids, new, sampler=sampler, rng=torch.Generator().manual_seed(i))) for i, ids in enumerate(begun)]  # noqa: E731
     found = statistics(step for steps in write(drafting.decoding.passes, drafting) for step in steps)
     runs = {"plain": partial(write, plain.decoding, plain), "drafting": partial(write, drafting.decoding, drafting), **peers}
-    seconds = samples(runs, min_repeats=rounds, budget_s=0.0, warmup=1)
     counted = {"tokens a pass": found.tokens_per_pass, "acceptance": found.acceptance, "proposed a pass": found.proposed / found.passes}
-    return counted | {"seconds": {name: [round(s, 4) for s in each.tolist()] for name, each in seconds.items()}}
+    if temperature == 0:
+        ours = runs["plain"]()
+        other = lambda run: sum(not torch.equal(a[0], b[0]) for a, b in zip(ours, run(), strict=True))  # noqa: E731
+        counted["texts that part"] = {name: other(run) for name, run in runs.items() if name != "plain"}
+    return counted | {"seconds": timed(runs, rounds)}
+
+
+def timed(runs: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round, in turns."""
+    seconds = samples(runs, min_repeats=rounds, budget_s=0.0, warmup=1)
+    return {name: [round(s, 4) for s in each.tolist()] for name, each in seconds.items()}
+
+
+@torch.no_grad()
+def foretold(target: Any, drafting: Any, begun: Sequence[Tensor], sampler: Sampler, new: int) -> dict[str, float]:
+    """Tokens a pass of a draft model, by the law and place by place, and what its passes then gave on other texts."""
+    gamma, places, passes = drafting.decoding.gamma, [], 0.0
+    for i, ids in enumerate(begun):
+        text = target.generate(ids, new, sampler=sampler, rng=torch.Generator().manual_seed(i))
+        p, q = (sampler.probabilities(model(text)[0, ids.shape[1] - 1 : -1]) for model in (target, drafting.decoding.draft))
+        chances = (q / p).gather(1, text[0, ids.shape[1] :, None])[:, 0].clamp(max=1)
+        places.append(overlap(p, q))
+        passes += expected_passes(chances.tolist(), gamma)
+    each = (drafting.decoding.passes(drafting, ids, new, sampler=sampler, rng=torch.Generator().manual_seed(100 + i)) for i, ids in enumerate(begun))
+    counts = [sum(1 for _ in steps) for steps in each]
+    alpha, ran = torch.cat(places).mean().item(), new * len(counts) / sum(counts)
+    error = torch.tensor(counts).float().std().item() / len(counts) ** 0.5 * len(counts) / sum(counts)  # of the passes, as a share of them
+    return {"sum min(p, q)": alpha, "by the law": expected_tokens(alpha, gamma), "place by place": new * len(begun) / passes,
+            "tokens a pass": ran, "standard error": ran * error}  # fmt: skip
 
 
 def ratio(cell: dict, slow: str = "plain", quick: str = "drafting") -> tuple[float, float, float]:
@@ -115,38 +162,72 @@ def ratio(cell: dict, slow: str = "plain", quick: str = "drafting") -> tuple[flo
 
 
 def theirs(model: Any, draft: Technique, begun: Sequence[Tensor]) -> dict[str, Callable]:
-    """The same greedy texts by transformers' own generation, plainly and with this draft; nothing where it does not know it."""
+    """By transformers, plainly and with this draft; nothing where it does not know it."""
     how: dict[str, Any] = {}
     if isinstance(draft, PromptLookup):
         how = {"prompt_lookup_num_tokens": draft.gamma, "max_matching_ngram_size": draft.ngram}
     elif isinstance(draft, Speculative) and isinstance(draft.draft, EarlyExit | Pipeline) and draft.cost is None:
         how = {"assistant_model": draft.draft(model).to_hf().eval()}  # type: ignore[operator]
-    hf, told = model.to_hf().eval(), {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    write = torch.no_grad()(lambda **how: [hf.generate(ids, attention_mask=torch.ones_like(ids), **told, **how) for ids in begun])
-    return {"theirs plain": write, "theirs drafting": partial(write, **how)} if how else {}
+    return {"theirs plain": by_transformers(model, begun), "theirs drafting": by_transformers(model, begun, **how)} if how else {}
+
+
+def by_transformers(model: Any, begun: Sequence[Tensor], *, compiled: bool = False, **how) -> Callable[[], list[Tensor]]:
+    """Greedy texts by transformers' own generation of the same weights."""
+    hf, told = model.to_hf().eval(), {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **how}
+    if compiled:
+        hf.forward = torch.compile(hf.forward)
+    return torch.no_grad()(lambda: [hf.generate(ids, attention_mask=torch.ones_like(ids), **told) for ids in begun])
 
 
 def cell(name: str, draft: Technique) -> dict:
     """Of each kind of text and temperature, what the draft gives."""
     model, task = loaded(name)
     plain: nn.Module = Fused()(model)
-    drafting, found = draft(plain, task), {}
+    drafting: Any = draft(plain, task)
+    found: dict[str, dict] = {}
     for kind, temperature in product(KINDS, TEMPERATURES):
         begun = prompts(name, kind)
         peers = {} if temperature else theirs(model, draft, begun)
         found[f"{kind}; {temperature}"] = raced(plain, drafting, begun, temperature, new=NEW, rounds=ROUNDS, peers=peers)
+    if type(drafting.decoding) is SpeculativeDecoding and drafting.decoding.cost is None:
+        begun = [ids for i in range(LONG // TRIALS) for ids in prompts(name, "held out", i)]
+        found["foretold"] = foretold(plain, drafting, begun, Sampler(temperature=TEMPERATURES[-1]), NEW)
     return found
 
 
+def caches(name: str, dtype: torch.dtype) -> dict:
+    """Seconds of the same greedy texts by each cache, and by transformers."""
+    model, begun = loaded(name)[0].to(dtype), prompts(name, "held out")[:1]
+    write = lambda model: [model.generate(ids, NEW, temperature=0.0) for ids in begun]  # noqa: E731
+    runs: dict[str, Callable] = {key: partial(write, technique(model)) for key, technique in CACHES.items()}
+    runs |= {f"transformers, {key}": by_transformers(model, begun, **how) for key, how in THEIRS.items()}
+    loaded.cache_clear()  # whose precision has changed
+    return {"seconds": timed(runs, ROUNDS)}
+
+
+def serving() -> dict:
+    """Within twice the time that 95 % of the answers take at leisure: what each policy writes, three times over."""
+    model, requests = Fused()(loaded("gpt-small")[0]), stream(seed=0, n=REQUESTS)
+    at = lambda rate, policy: serve(model, paced(requests, rate), pages=800, policy=policy)  # noqa: E731
+    at(100.0, "static")  # warm
+    bound, found = 2 * at(0.1, "continuous").latency(95), {policy: list[float]() for policy in POLICIES}
+    for _, policy in product(range(3), POLICIES):
+        most = throughput_at_latency(partial(at, policy=policy), bound_s=bound, slowest=0.1, fastest=200.0, halvings=7)
+        found[policy].append(most[1].throughput)
+    return {"bound, s": bound, "tokens a second": found}
+
+
 def cells() -> Cells:
-    return {f"{model}: {name}": partial(cell, model, draft) for model in MODELS for name, draft in drafts(model).items()}
+    found: dict[str, Callable[[], dict]] = {f"{model}: {name}": partial(cell, model, draft) for model in MODELS for name, draft in drafts(model).items()}
+    found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for model in MODELS for dtype in (torch.float32, torch.bfloat16)}
+    return found | {"gpt-small: serving": serving}
 
 
 def settings() -> dict:
-    numbers = {"trials": TRIALS, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "temperatures": list(TEMPERATURES), "lessons": LESSONS}
-    precision = {name: str(dtype) for name, dtype in MODELS.items()}
+    numbers = {"trials": TRIALS, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "requests": REQUESTS}
+    more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
     each = {f"{model}: {name}": to_json(draft) for model in MODELS for name, draft in drafts(model).items()}
-    return numbers | {"models": precision, "drafts": each}
+    return numbers | more | {"drafts": each}
 
 
 STUDY = Study("decoding", settings, cells)

@@ -30,13 +30,13 @@ def mnist_task(kind: type[Batches] = Jittered) -> Task:
     return Task("mnist", train=kind(*mnist()["train"], size=64, shuffle=True), loss=classification_loss)
 
 
-def language_recipe(steps: tuple[int, int], lr: float, build: Callable[[], GPT], *, seed: int = 1) -> Recipe:
+def language_recipe(steps: tuple[int, int], lr: float, build: Callable[[], GPT], *, seed: int = 1, kept: float = 0.0) -> Recipe:
     """Short windows while everything is still to be learned, then the whole context at half the learning rate; the whole
     context alone, where nothing is."""
     schedule = Schedule(steps=steps[0], lr=lr, warmup=100, weight_decay=0.1, autocast=True)
     short = Recipe(build, lambda: stdlib_training(length=256, seed=0), schedule, compiled_language_loss)
     longer = replace(schedule, steps=steps[1], lr=lr / 2)
-    return replace(short, first=short if steps[0] else None, task=lambda: stdlib_training(length=1024, seed=seed), schedule=longer)
+    return replace(short, first=short if steps[0] else None, task=lambda: stdlib_training(length=1024, seed=seed), schedule=longer, kept=kept)
 
 
 def gpt(**shape) -> Callable[[], GPT]:
@@ -70,7 +70,7 @@ RECIPES = {
         UNet, lambda: denoising("mnist", mnist()), Schedule(6000, 2e-3, warmup=200, weight_decay=0.01, autocast=True)
     ),
     "gpt-small": language_recipe((6000, 2400), 3e-3, gpt(d_model=256, layers=6, heads=8, kv_heads=4, d_ff=704)),
-    "gpt-target": language_recipe((0, 1600), 3e-3, lambda: grown("gpt-small", layers=14), seed=2),
+    "gpt-target": language_recipe((0, 1600), 3e-3, lambda: grown("gpt-small", layers=14), seed=2, kept=0.4),
     "gpt-draft": language_recipe((2500, 800), 4e-3, gpt(d_model=192, layers=2, heads=6, kv_heads=2, d_ff=576)),
 }
 

@@ -1,5 +1,6 @@
 """The study of all drafts on all models: what its cells hold, and that the texts it races are the ones it says."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from effkit import zoo
+from effkit.caching.streams import Request
+from effkit.core.generation import Sampler
 from effkit.core.technique import Pipeline
 from effkit.speculative import EarlyExit, PromptLookup, Speculative, SpeculativeTree
 from effkit.studies import decoding as study
@@ -19,12 +22,20 @@ from tests.speculative.cycles import cyclic, learned, windows
 def small(monkeypatch):
     """The same study of a decoder that knows a cycle."""
     model, task = learned(), replace(windows(), val=Windows(cyclic(400), length=16, size=1))
-    monkeypatch.setattr(study, "loaded", lambda name: (model, task))
-    monkeypatch.setattr(study, "prompts", lambda name, kind: [cyclic(8)[None], cyclic(5)[None]])
+    known = lambda name: (copy.deepcopy(model), task)  # noqa: E731
+    known.cache_clear = lambda: None
+    monkeypatch.setattr(study, "loaded", known)
     monkeypatch.setattr(study, "MODELS", {"gpt-small": torch.float32})
-    for name, value in dict(NEW=10, ROUNDS=6).items():
+    monkeypatch.setattr(study, "prompts", lambda name, kind, some=0: [cyclic(8)[None], cyclic(5)[None]])
+    monkeypatch.setattr(study, "THEIRS", {"dynamic": {}, "static": study.STATIC})
+    monkeypatch.setattr(study, "stream", lambda seed, n: [Request(tuple(cyclic(4 + i).tolist()), 3 + i, float(i)) for i in range(4)])
+    for name, value in dict(NEW=10, ROUNDS=6, LONG=4).items():
         monkeypatch.setattr(study, name, value)
     return model
+
+
+def small_cells(made):
+    return {name: cell for name, cell in made["cells"].items() if "caches" not in name and "serving" not in name}
 
 
 @pytest.mark.slow
@@ -34,15 +45,35 @@ def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tm
     monkeypatch.setattr(study, "drafts", lambda model: chosen)
     made = study.STUDY.run(tmp_path / "decoding.json")
     assert made == json.loads((tmp_path / "decoding.json").read_text())
-    assert set(made["cells"]) == {f"gpt-small: {name}" for name in chosen}
-    for name, cell in made["cells"].items():
+    assert set(small_cells(made)) == {f"gpt-small: {name}" for name in chosen}
+    for name, cell in small_cells(made).items():
+        forecast = cell.pop("foretold", None)
+        assert (forecast is not None) == name.endswith("half")
         assert set(cell) == {f"{kind}; {temperature}" for kind in study.KINDS for temperature in study.TEMPERATURES}
         for case, found in cell.items():
+            assert set(found.get("texts that part", {"drafting": 0}).values()) == {0}
             known = case.endswith("0.0") and "tree" not in name
             assert set(found["seconds"]) == {"plain", "drafting"} | ({"theirs plain", "theirs drafting"} if known else set())
             assert found["tokens a pass"] >= 1 and {len(each) for each in found["seconds"].values()} == {6}
             middle, low, high = study.ratio(found)
             assert 0 < low <= middle <= high
+    for precision in ("float32", "bfloat16"):
+        seconds = made["cells"][f"gpt-small: caches, {precision}"]["seconds"]
+        assert set(seconds) == {*study.CACHES, *(f"transformers, {key}" for key in study.THEIRS)}
+    rates = made["cells"]["gpt-small: serving"]["tokens a second"]
+    assert set(rates) == {"continuous", "static"} and all(len(each) == 3 and min(each) > 0 for each in rates.values())
+
+
+def test_tokens_a_pass_are_foretold(small):
+    """A copy is always right; of another draft many texts give about what one expects."""
+    from effkit.core.technique import Identity
+
+    sampler = Sampler(temperature=1.0)
+    certain = study.foretold(small, Speculative(Identity(), gamma=3)(small), [cyclic(8)[None], cyclic(9)[None]], sampler, 12)
+    assert certain["sum min(p, q)"] == pytest.approx(1) and certain["tokens a pass"] == certain["place by place"] == pytest.approx(4)
+    assert certain["by the law"] == pytest.approx(4)
+    found = study.foretold(small, Speculative(EarlyExit(0.5))(small), [cyclic(8 + i)[None] for i in range(40)], sampler, 24)
+    assert abs(found["tokens a pass"] - found["place by place"]) < 5 * found["standard error"]
 
 
 def test_transformers_writes_the_same_texts(small):
@@ -98,7 +129,7 @@ def test_texts_are_held_out_and_short_enough():
         begun = study.prompts("gpt-small", kind)
         assert len(begun) == study.TRIALS and len({tuple(ids[0].tolist()) for ids in begun}) == study.TRIALS
         assert all(1 <= ids.shape[1] <= model.context - study.NEW for ids in begun)
-    text = " ".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits"))
+    text = "\n".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits"))
     heads = [line for line in text.splitlines() if line.startswith("def ")]
     assert len(heads) == 2 * study.TRIALS and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
 

@@ -1,6 +1,8 @@
 """The text is the target's: the distribution over whole texts by exact enumeration, by chi-square, and greedily token
 for token. Three well-known bugs are planted; each must be refused by the same tests."""
 
+from collections import Counter
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -8,14 +10,15 @@ from scipy.stats import chisquare
 import effkit
 from effkit import zoo
 from effkit.caching import Fused
-from effkit.core.generation import Sampler, generate
+from effkit.core.generation import ConcatCache, Sampler, generate
 from effkit.core.paths import data_dir
-from effkit.speculative import EarlyExit, speculate, speculative_generate, verify
+from effkit.speculative import EarlyExit, Speculative, SpeculativeTree, speculate, speculative_generate, verify
 from effkit.speculative.law import Pass
 from effkit.speculative.speculate import DraftModel
 from effkit.speculative.verify import Proposal, overlap, residual, sample
+from effkit.zoo.gpt import GPT
 from tests.caching.decoders import decoder, text
-from tests.speculative.worlds import enumerated, fit, joint, largest_gap, table
+from tests.speculative.worlds import enumerated, fit, goodness, joint, largest_gap, table
 from tests.subjects import gpt, mlp
 
 GREEDY, COLD = Sampler(temperature=0.0), Sampler(temperature=0.4)
@@ -80,16 +83,26 @@ def trained():
     return effkit.load(path).float()
 
 
-def real_p_value(n: int = 500) -> float:
-    """Two tokens after a prompt of held-out kind, by gpt-small and its own first half."""
-    target = trained()
+REAL = {"top-k": Sampler(temperature=0.7, top_k=20), "nucleus": Sampler(temperature=0.7, top_p=0.8)}
+WAYS = {"a line of 1": Speculative(EarlyExit(0.5), gamma=1), "a line of 2": Speculative(EarlyExit(0.5), gamma=2),
+        "a tree": SpeculativeTree(EarlyExit(0.5), branching=(2, 2))}  # fmt: skip
+
+
+@torch.no_grad()
+def real_p_value(n: int = 500, way: str = "a line of 1", sampler: Sampler = REAL["top-k"], new: int = 2) -> float:
+    """Of texts behind a prompt of held-out kind, by gpt-small and its own first half."""
+    target, rng = trained(), torch.Generator().manual_seed(0)
     ids = torch.tensor([zoo.tokenizer("gpt-small").encode("import os\n\ndef main(").ids])
-    return fit(target, EarlyExit(0.5)(target), ids, 2, 1, Sampler(temperature=0.7, top_k=20), n)
+    guessing = WAYS[way](target)
+    made = Counter(tuple(guessing.generate(ids, new, sampler=sampler, rng=rng)[0, ids.shape[1] :].tolist()) for _ in range(n))
+    return goodness(made, joint(target, ids, new, sampler), n)
 
 
 @pytest.mark.slow
-def test_a_real_pair_writes_as_its_target_does():
-    assert real_p_value() > 1e-3
+@pytest.mark.parametrize("sampler", REAL)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_real_pair_writes_as_its_target_does(way, sampler):
+    assert real_p_value(way=way, sampler=REAL[sampler]) > 1e-3
 
 
 # the planted bugs
@@ -148,9 +161,36 @@ def test_chi_square_on_the_real_pair_refuses_the_bonus_token(monkeypatch):
     assert real_p_value() < 1e-6
 
 
-def test_forgotten_rollback_is_refused(monkeypatch):
-    from effkit.core.generation import ConcatCache
+class Late(ConcatCache):
+    """Counts one position too many once something was taken back; masks, keys and lengths are right."""
 
+    late = 0
+
+    def truncate(self, n):
+        self.late = self.late or int(n < self.length)
+        super().truncate(n)
+
+    def advance(self, n, parents=None, *, device=None, dtype=torch.float32):
+        positions = super().advance(n, parents, device=device, dtype=dtype) + self.late
+        self.tables = self.rope.tables(positions, dtype)
+        return positions
+
+
+def test_positions_off_by_one_after_a_rollback_are_refused(monkeypatch):
+    """By what a whole text costs: the draft is rejected now and then, and from then on the text is another."""
+    test_for_every_gamma_and_length(2, 2)
+    monkeypatch.setattr(GPT, "new_cache", lambda self, *, capacity: Late(self.rope))
+    with pytest.raises(AssertionError):
+        test_for_every_gamma_and_length(2, 3)
+
+
+@pytest.mark.slow
+def test_chi_square_on_the_real_pair_refuses_positions_off_by_one(monkeypatch):
+    monkeypatch.setattr(GPT, "new_cache", lambda self, *, capacity: Late(self.rope))
+    assert real_p_value(new=3) < 1e-6
+
+
+def test_forgotten_rollback_is_refused(monkeypatch):
     def half(self, n):  # the position goes back, the keys stay
         self.length = min(self.length, n)
 

@@ -1,5 +1,6 @@
 """The law of speculation against its sums, its limits, and a world in which its assumption holds."""
 
+import itertools
 import math
 
 import pytest
@@ -52,6 +53,26 @@ def test_it_pays_where_acceptance_exceeds_the_draft_s_cost(alpha, cost):
 
 def test_where_verification_costs_as_much_as_writing_nothing_pays():
     assert best_gamma(0.9, 0.05, lambda gamma: gamma + 1.0) == 0
+
+
+@pytest.mark.parametrize("chances, gamma", [([0.5, 0.2, 0.9], 1), ([0.3, 0.8, 0.6, 0.5, 0.1], 2), ([0.7] * 6, 4), ([0.0, 1.0, 0.0, 1.0], 3)])
+def test_passes_of_a_text_are_those_of_all_its_coins(chances, gamma):
+    """By enumeration: every way in which the tokens may be heads or tails, and the passes that it makes."""
+    wanted = 0.0
+    for coins in itertools.product((True, False), repeat=len(chances)):
+        chance = math.prod(c if heads else 1 - c for heads, c in zip(coins, chances, strict=True))
+        at = passes = 0
+        while at < len(chances):
+            passes, end = passes + 1, min(at + gamma, len(chances) - 1)
+            while at < end and coins[at]:
+                at += 1
+            at += 1  # the one that replaced a guess, or the bonus
+        wanted += chance * passes
+    assert law.expected_passes(chances, gamma) == pytest.approx(wanted)
+
+
+def test_passes_by_hand():
+    assert law.expected_passes([1.0] * 10, 4) == 2 and law.expected_passes([0.0] * 10, 4) == 10 and law.expected_passes([], 3) == 0
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])

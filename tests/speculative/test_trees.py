@@ -225,20 +225,6 @@ def test_siblings_that_see_each_other_are_refused(monkeypatch):
         test_the_right_branch_is_followed_to_its_end()
 
 
-def test_positions_off_by_one_after_a_rollback_are_refused(monkeypatch):
-    right = generation.Cache.keep
-
-    def late(self, index):
-        right(self, index)
-        self.length += 1
-
-    monkeypatch.setattr(generation.Cache, "keep", late)
-    with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        model, ids = decoder(), text(4)
-        made = joined(ids, speculate(model, Ladder([1, 2, 3], [-1, -1, 0]), ids, 12, gamma=8, sampler=GREEDY))
-        assert torch.equal(made, generate(model, ids, 12, sampler=GREEDY))
-
-
 def test_one_hot_is_what_certain_means():
     """A tree whose nodes are certain and the same tree with its one-hot distributions are judged alike."""
     p = torch.tensor([[0.2, 0.5, 0.3]] * 3, dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""Every way to guess with every cache: greedily the same text as plain decoding by that cache, or one sentence that refuses.
+In bfloat16, where a block of tokens and one token are rounded differently, texts part only where two tokens are all but tied.
+Logits that are no numbers are refused by every way."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from effkit.caching import H2O, Fused, Paged, Preallocated, QuantizedKV, Recompute, SnapKV, Window
+from effkit.caching.batching import serve
+from effkit.caching.streams import Request
+from effkit.core.generation import ConcatCache, Sampler, generate
+from effkit.core.technique import Identity
+from effkit.speculative import Eagle, EarlyExit, Jacobi, Lookahead, Medusa, PromptLookup, Speculative, SpeculativeTree
+from effkit.speculative.speculate import SpeculativeDecoding
+from effkit.speculative.tree import TreeDecoding
+from tests.caching.decoders import decoder, text
+from tests.speculative.cycles import cyclic, learned
+from tests.speculative.test_exact import adversary
+
+GREEDY = Sampler(temperature=0.0)
+EXACT = {"concatenated": Identity(), "recomputed": Recompute(), "preallocated": Preallocated(), "paged": Paged(page_size=3), "fused": Fused()}
+#: so small that every text here is far beyond them
+LOSSY = {
+    "window": Window(window=8, sinks=2), "sliding": Window(window=5, sinks=0), "heavy": H2O(budget=7, recent=3),
+    "prompt": SnapKV(budget=6, window=2, kernel=3), "int8": QuantizedKV(bits=8, group=8, residual=1),
+    "int2": QuantizedKV(bits=2, group=8, residual=5),
+}  # fmt: skip
+CACHES = EXACT | LOSSY
+
+
+def brought(model: nn.Module, draft: nn.Module, decoding: SpeculativeDecoding) -> nn.Module:
+    """The decoder, guessing with any draft."""
+    model = copy.deepcopy(model)
+    model.decoding, decoding.draft = decoding, draft
+    return model
+
+
+def random_draft(model):
+    return decoder(9, model.embedding.weight.dtype)
+
+
+WAYS = {
+    **{f"a random draft, {g}": lambda m, g=g: brought(m, random_draft(m), SpeculativeDecoding(g)) for g in (1, 3, 8)},
+    **{f"an adversary, {g}": lambda m, g=g: brought(m, adversary(m), SpeculativeDecoding(g)) for g in (1, 3, 8)},
+    "a tree of a random draft": lambda m: brought(m, random_draft(m), TreeDecoding((2, 2, 1))),
+    "a tree of an adversary": lambda m: brought(m, adversary(m), TreeDecoding((3, 2))),
+    "itself": Speculative(Identity(), gamma=3), "half of it": Speculative(EarlyExit(0.5)),
+    "a tree of half of it": SpeculativeTree(EarlyExit(0.5), branching=(2, 2)),
+    "lookup": PromptLookup(gamma=4), "Jacobi": Jacobi(gamma=4), "lookahead": Lookahead(window=3, ngram=3, guesses=3),
+    "Medusa": Medusa(steps=0, heads=2, branching=(3, 2)), "EAGLE": Eagle(steps=0, gamma=3),
+    "EAGLE, a tree": Eagle(steps=0, gamma=2, branching=(3, 2)),
+}  # fmt: skip
+BRANCHING = {name for name in WAYS if "tree" in name} | {"lookahead", "Medusa"}
+REFUSED = {("heavy", way): "H2O cannot follow the branches of a token tree: generate with proposals in one line" for way in BRANCHING}
+REFUSED |= {
+    (cache, way): f"larger than the {n} that stay in full precision: take proposals in one line, or QuantizedKV"
+    for cache, n in (("int8", 1), ("int2", 5)) for way in BRANCHING
+}  # fmt: skip
+REFUSED["prompt", "a tree of half of it"] = "SnapKVCache can be taken back to 11 tokens and not to 10"  # the draft reads the last token twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_same_text_or_a_sentence(cache, way):
+    for dtype in (torch.float64, torch.float32)[: 2 if cache in EXACT else 1]:
+        model, ids = CACHES[cache](decoder(0, dtype)), text(11)
+        wanted = model.generate(ids, 30, sampler=GREEDY)
+        guessing = WAYS[way](model)
+        if (cache, way) in REFUSED:
+            with pytest.raises(ValueError, match=REFUSED[cache, way]):
+                guessing.generate(ids, 30, sampler=GREEDY)
+        else:
+            assert torch.equal(guessing.generate(ids, 30, sampler=GREEDY), wanted), dtype
+
+
+# bfloat16
+
+
+@torch.no_grad()
+def parts(model: nn.Module, way: str, ids: torch.Tensor, new: int) -> bool:
+    """Whether the two texts part. Where they do, the best two tokens lie no further apart than what rounding does to a
+    logit there: at most as far as the whole text in one pass, one token at a time, and the exact logits are from each other."""
+    plain, guessed = (m.generate(ids, new, sampler=GREEDY)[0] for m in (model, WAYS[way](model)))
+    if torch.equal(plain, guessed):
+        return False
+    at = int((plain != guessed).nonzero()[0])
+    assert at >= ids.shape[1]
+    begun = plain[None, :at]
+    cache = ConcatCache(model.rope)
+    step = [model(token[:, None], cache) for token in begun[0].split(1)][-1][0, -1].float()
+    exact = copy.deepcopy(model).double()(begun)[0, -1].float()
+    off = max((step - exact).abs().max().item(), (model(begun)[0, -1].float() - exact).abs().max().item())
+    best = exact.topk(2).values
+    assert (best[0] - best[1]).item() <= 2 * off, f"margin {best[0] - best[1]:.4f}, rounding {off:.4f}"
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["an adversary, 3", "a tree of half of it", "half of it", "lookup", "lookahead", "Medusa", "EAGLE"])
+def test_in_bfloat16_texts_part_only_where_two_tokens_are_all_but_tied(way):
+    parted = [parts(decoder(seed, torch.bfloat16, sharpness=4.0), way, text(6, seed=seed), 24) for seed in range(12)]
+    assert sum(parted) < 12
+
+
+def test_a_text_that_parts_elsewhere_is_noticed(monkeypatch):
+    """A draft whose tokens are all taken, in place of the target's."""
+    from effkit.speculative import speculate
+
+    monkeypatch.setattr(speculate, "judge", lambda proposal, logits, sampler, rng: (
+        [*range(len(proposal.tokens))], torch.cat((proposal.tokens, logits[-1:].argmax(-1)))))  # fmt: skip
+    with pytest.raises(AssertionError, match="margin"):
+        [parts(decoder(seed, torch.bfloat16, sharpness=4.0), "an adversary, 3", text(6, seed=seed), 24) for seed in range(3)]
+
+
+# logits that are no numbers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_logits_that_are_no_numbers_are_refused(way, temperature):
+    guessing = WAYS[way](decoder(0, torch.float32))
+    with torch.no_grad():
+        guessing.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="logits hold NaN: look for NaN or infinity in its weights"):
+        guessing.generate(text(5), 8, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_plain_decoding_refuses_them_too(temperature):
+    model = decoder()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        model.generate(text(5), 8, temperature=temperature)
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        serve(model, [Request([1, 2, 3], 4)], pages=8)
+
+
+def test_a_draft_without_numbers_changes_no_greedy_text():
+    model, draft = learned(), learned()
+    with torch.no_grad():
+        draft.norm.weight[0] = torch.nan
+    ids = cyclic(8)[None]
+    assert torch.equal(brought(model, draft, SpeculativeDecoding(4)).generate(ids, 12, sampler=GREEDY), generate(model, ids, 12, sampler=GREEDY))
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        brought(model, draft, SpeculativeDecoding(4)).generate(ids, 12)
