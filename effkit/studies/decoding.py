@@ -83,7 +83,7 @@ def drafts(model: str) -> dict[str, Technique]:
         found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
         found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.25)
         for way in ("forward", "reverse"):
-            taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0, divergence=way)  # type: ignore[arg-type]
+            taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0, divergence=way)
             found[f"gpt-draft, taught by {way} KL"] = Speculative(taught)
     return found
 
@@ -94,7 +94,8 @@ def loaded(name: str) -> tuple[Any, Task]:
     model, task = zoo.load(name, MODELS[name])
     if task.train is None:
         return model, task
-    return model, replace(task, train=replace(task.train, ids=task.train.ids[:LESSONS]))  # type: ignore[attr-defined, type-var]
+    windows: Any = task.train
+    return model, replace(task, train=replace(windows, ids=windows.ids[:LESSONS]))
 
 
 def prompts(name: str, kind: str, some: int = 0) -> list[Int[Tensor, "1 n"]]:
@@ -122,7 +123,7 @@ def raced(
     sampler = Sampler(temperature=temperature)
     write = lambda decode, model: [list(decode(model, ids, new, sampler=sampler, rng=torch.Generator().manual_seed(i))) for i, ids in enumerate(begun)]  # noqa: E731
     found = statistics(step for steps in write(drafting.decoding.passes, drafting) for step in steps)
-    runs = {"plain": partial(write, plain.decoding, plain), "drafting": partial(write, drafting.decoding, drafting), **peers}
+    runs: dict[str, Callable] = {"plain": partial(write, plain.decoding, plain), "drafting": partial(write, drafting.decoding, drafting), **peers}
     counted = {"tokens a pass": found.tokens_per_pass, "acceptance": found.acceptance, "proposed a pass": found.proposed / found.passes}
     if temperature == 0:
         ours = runs["plain"]()

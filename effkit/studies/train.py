@@ -77,8 +77,8 @@ def train(name: str, recipe: Recipe, *, out: Path | None = None, state: Path | N
         torch.manual_seed(recipe.seed)
         model, task = load(before).float() if recipe.first else recipe.build(), recipe.task()
         untrained = [p.detach().clone() for p in model.parameters()]
-        loss = (taught_by(recipe.teacher) if recipe.teacher else recipe.loss or (lambda _: None))(model)
-        curve = fit(model, task, recipe.schedule, loss=loss, resume=state, save_every=recipe.save_every, label=name)
+        maker = taught_by(recipe.teacher) if recipe.teacher else recipe.loss
+        curve = fit(model, task, recipe.schedule, loss=maker and maker(model), resume=state, save_every=recipe.save_every, label=name)
         for p, start in zip(model.parameters(), untrained, strict=True):
             p.data.lerp_(start, recipe.kept)
     save(model.to(torch.bfloat16).eval(), path, recipe.settings())
