@@ -220,7 +220,7 @@ class Sampler:
 
     def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """The distribution, in float32 at least."""
-        logits = numbers(logits) if logits.dtype == torch.float64 else numbers(logits).float()
+        logits = checked(logits) if logits.dtype == torch.float64 else checked(logits).float()
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.temperature
@@ -231,11 +231,11 @@ class Sampler:
 
     def draw(self, logits: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
         if self.temperature == 0:
-            return numbers(logits).argmax(-1)
+            return checked(logits).argmax(-1)
         return sample(self.probabilities(logits), rng)
 
 
-def numbers(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+def checked(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
     """The logits. Raises ValueError where one of them is none: greedily, NaN would be the likeliest token."""
     if logits.isnan().any():
         raise ValueError("the model's logits hold NaN: look for NaN or infinity in its weights, and where it is float16, take bfloat16")

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from effkit.core.generation import Sampler, numbers, sample
+from effkit.core.generation import Sampler, checked, sample
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def judge(
 ) -> tuple[list[int], Int[Tensor, " m"]]:
     """Which proposals stay, by their places, and the new tokens: these and one more."""
     if sampler.temperature == 0:
-        branch, last = follow(proposal, numbers(logits).argmax(-1))
+        branch, last = follow(proposal, checked(logits).argmax(-1))
     elif proposal.parents is not None:
         branch, last = verify_tree(proposal, sampler.probabilities(logits), rng)
     else:

@@ -1,4 +1,4 @@
 """Long runs that anyone can repeat: the recipes of the shipped checkpoints, and sweeps whose results are recorded."""
 
 #: modules here that have a STUDY
-STUDIES = ("caching", "pairs", "qat", "quantization")
+STUDIES = ("caching", "decoding", "eagle", "pairs", "qat", "quantization")
