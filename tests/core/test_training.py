@@ -401,8 +401,11 @@ def test_a_taught_student_learns_all_that_its_teacher_thinks(monkeypatch):
 def test_a_checkpoint_may_keep_some_of_the_weights_it_began_with(tmp_path):
     made = {kept: studies.train("toy", replace(recipe(), kept=kept), out=tmp_path / f"{kept}", state=tmp_path / "state") for kept in (0.0, 0.25, 1.0)}
     whole, some, none = ([*load(one.path).parameters()] for one in made.values())
-    for end, mean, start in zip(whole, some, none, strict=True):
-        assert torch.allclose(mean.float(), (0.75 * end.float() + 0.25 * start.float()), atol=0.02 * end.abs().max().item())
+    torch.manual_seed(recipe().seed)
+    for end, mean, start, fresh in zip(whole, some, none, toy_model().parameters(), strict=True):
+        assert torch.equal(start, fresh.bfloat16()) and not torch.equal(end, start)
+        wanted = 0.75 * end.float() + 0.25 * start.float()
+        assert torch.allclose(mean.float(), wanted, atol=0.01 * end.abs().max().item())
     assert replace(recipe(), kept=0.25).settings() == recipe().settings() | {"kept": 0.25}
 
 
