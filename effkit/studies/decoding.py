@@ -53,9 +53,11 @@ from effkit.studies.study import Cells, Study
 from effkit.zoo.data import stdlib_text
 from effkit.zoo.use import Use
 
-MODELS = {"gpt-small": torch.float32, "gpt-target": torch.bfloat16, "smollm2": torch.bfloat16}
+MODELS = {"gpt-target": torch.bfloat16, "smollm2": torch.bfloat16, "gpt-small": torch.float32}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
-TRIALS, PROMPT, NEW, ROUNDS = 4, 64, 64, 7  # texts of each kind, tokens of a held-out one to begin with, new ones, times each is timed
+TRIALS = {"gpt-target": 4, "smollm2": 2, "gpt-small": 4}  # texts of each kind
+PROMPT, NEW, ROUNDS = 64, 48, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
+PEERS = 4  # proposed at a time by those drafts of ours that transformers races
 LONG = 16  # texts by which tokens a pass are foretold
 LESSONS = 400_000  # tokens of the training text that a draft may learn from
 REQUESTS = 60  # of the stream that is served
@@ -65,26 +67,35 @@ THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": 
 
 
 def drafts(model: str) -> dict[str, Technique]:
-    """In words -> the technique."""
+    """In words -> the technique. Where the target is large, those that would take hours are left out: drafts without a kernel,
+    and a search on long texts; `effkit study eagle` trains for that one."""
     found: dict[str, Technique] = {
         "prompt lookup": PromptLookup(), "Jacobi": Jacobi(), "lookahead": Lookahead(),
         "half of the blocks": Speculative(EarlyExit(0.5)),
-        "five sixths of the blocks": Speculative(EarlyExit(5 / 6), gamma=2),
-        "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4), gamma=2),
-        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)), "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
-        "a copy without half of its weights": Speculative(Magnitude(0.5)),
+        "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
+        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)),
     }  # fmt: skip
-    if model != "smollm2":  # effkit study eagle trains for that one
-        found["a third of the blocks, distilled"] = Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2))
-        found |= {"Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300)}
-    if model == "gpt-target":
-        for name, gamma in product(("gpt-small", "gpt-draft", "gpt-draft-distilled"), (2, 4, 8)):
-            found[f"{name}, {gamma} in a line"] = Speculative(named := Pipeline((Use(name), Fused())), gamma=gamma)
-        found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
-        found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.25)
-        for way in ("forward", "reverse"):
-            taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0, divergence=way)
-            found[f"gpt-draft, taught by {way} KL"] = Speculative(taught)
+    if model != "smollm2":
+        found |= {
+            "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
+            "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
+            "a copy without half of its weights": Speculative(Magnitude(0.5)),
+            "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
+            "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
+        }  # fmt: skip
+    return found | (brought() if model == "gpt-target" else {})
+
+
+def brought() -> dict[str, Technique]:
+    """Drafts of the target's family, in words. Taught a little more: by what the target thinks, in two ways, or by the text."""
+    found: dict[str, Technique] = {}
+    for name, gamma in product(("gpt-small", "gpt-draft", "gpt-draft-distilled"), (2, 4, 8)):
+        found[f"{name}, {gamma} in a line"] = Speculative(named := Pipeline((Use(name), Fused())), gamma=gamma)
+    found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
+    found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.25)
+    taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0)
+    for how, school in {"forward KL": taught, "reverse KL": replace(taught, divergence="reverse"), "the text": replace(taught, alpha=1.0)}.items():
+        found[f"gpt-draft, taught by {how}"] = Speculative(Pipeline((school, Fused())), gamma=2)
     return found
 
 
@@ -98,12 +109,12 @@ def loaded(name: str) -> tuple[Any, Task]:
     return model, replace(task, train=replace(windows, ids=windows.ids[:LESSONS]))
 
 
-def prompts(name: str, kind: str, some: int = 0) -> list[Int[Tensor, "1 n"]]:
-    """What texts of this kind begin with; of held-out ones there are more."""
+def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
+    """What so many texts of this kind begin with."""
     if kind == "held out":
-        return [loaded(name)[1].val.at(some * TRIALS + i)[0][:1, :PROMPT] for i in range(TRIALS)]  # type: ignore[union-attr]
+        return [loaded(name)[1].val.at(i)[0][:1, :PROMPT] for i in range(some)]  # type: ignore[union-attr]
     coder, first = zoo.tokenizer(name), (part for text in stdlib_text("val") for part in functions(text)[:1])
-    return [torch.tensor([coder.encode(next(first), add_special_tokens=False).ids]) for _ in range(TRIALS)]
+    return [torch.tensor([coder.encode(next(first), add_special_tokens=False).ids]) for _ in range(some)]
 
 
 def functions(text: str) -> list[str]:
@@ -163,11 +174,11 @@ def ratio(cell: dict, slow: str = "plain", quick: str = "drafting") -> tuple[flo
 
 
 def theirs(model: Any, draft: Technique, begun: Sequence[Tensor]) -> dict[str, Callable]:
-    """By transformers, plainly and with this draft; nothing where it does not know it."""
+    """By transformers, plainly and with this draft; nothing where it does not know it. How many tokens it proposes it decides itself."""
     how: dict[str, Any] = {}
     if isinstance(draft, PromptLookup):
         how = {"prompt_lookup_num_tokens": draft.gamma, "max_matching_ngram_size": draft.ngram}
-    elif isinstance(draft, Speculative) and isinstance(draft.draft, EarlyExit | Pipeline) and draft.cost is None:
+    elif isinstance(draft, Speculative) and isinstance(draft.draft, EarlyExit | Pipeline) and draft.gamma == PEERS:
         how = {"assistant_model": draft.draft(model).to_hf().eval()}  # type: ignore[operator]
     return {"theirs plain": by_transformers(model, begun), "theirs drafting": by_transformers(model, begun, **how)} if how else {}
 
@@ -187,18 +198,17 @@ def cell(name: str, draft: Technique) -> dict:
     drafting: Any = draft(plain, task)
     found: dict[str, dict] = {}
     for kind, temperature in product(KINDS, TEMPERATURES):
-        begun = prompts(name, kind)
+        begun = prompts(name, kind, TRIALS[name])
         peers = {} if temperature else theirs(model, draft, begun)
         found[f"{kind}; {temperature}"] = raced(plain, drafting, begun, temperature, new=NEW, rounds=ROUNDS, peers=peers)
     if type(drafting.decoding) is SpeculativeDecoding and drafting.decoding.cost is None:
-        begun = [ids for i in range(LONG // TRIALS) for ids in prompts(name, "held out", i)]
-        found["foretold"] = foretold(plain, drafting, begun, Sampler(temperature=TEMPERATURES[-1]), NEW)
+        found["foretold"] = foretold(plain, drafting, prompts(name, "held out", LONG), Sampler(temperature=TEMPERATURES[-1]), NEW)
     return found
 
 
 def caches(name: str, dtype: torch.dtype) -> dict:
     """Seconds of the same greedy texts by each cache, and by transformers."""
-    model, begun = loaded(name)[0].to(dtype), prompts(name, "held out")[:1]
+    model, begun = loaded(name)[0].to(dtype), prompts(name, "held out", 1)
     write = lambda model: [model.generate(ids, NEW, temperature=0.0) for ids in begun]  # noqa: E731
     runs: dict[str, Callable] = {key: partial(write, technique(model)) for key, technique in CACHES.items()}
     runs |= {f"transformers, {key}": by_transformers(model, begun, **how) for key, how in THEIRS.items()}
@@ -219,9 +229,11 @@ def serving() -> dict:
 
 
 def cells() -> Cells:
-    found: dict[str, Callable[[], dict]] = {f"{model}: {name}": partial(cell, model, draft) for model in MODELS for name, draft in drafts(model).items()}
-    found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for model in MODELS for dtype in (torch.float32, torch.bfloat16)}
-    return found | {"gpt-small: serving": serving}
+    found: dict[str, Callable[[], dict]] = {"gpt-small: serving": serving}
+    for model in MODELS:
+        found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        found |= {f"{model}: {name}": partial(cell, model, draft) for name, draft in drafts(model).items()}
+    return found
 
 
 def settings() -> dict:

@@ -410,9 +410,12 @@ def test_a_checkpoint_may_keep_some_of_the_weights_it_began_with(tmp_path):
 
 
 def test_a_taught_checkpoint_says_by_whom():
-    plain, taught = RECIPES["gpt-draft"], RECIPES["gpt-draft-distilled"]
-    assert taught.settings() == plain.settings() | {"teacher": "gpt-target"}
-    assert taught.first.settings() == plain.first.settings() | {"teacher": "gpt-target"}
+    """And with which weights it began: the shipped draft's."""
+    from effkit import zoo
+    from effkit.core.checkpoint import fingerprint
+
+    told = RECIPES["gpt-draft-distilled"].settings()
+    assert told["teacher"] == "gpt-target" and told["begun"] == fingerprint([zoo.load("gpt-draft")[0]])
 
 
 def test_every_shipped_checkpoint_has_its_recipe():

@@ -26,7 +26,7 @@ def small(monkeypatch):
     known.cache_clear = lambda: None
     monkeypatch.setattr(study, "loaded", known)
     monkeypatch.setattr(study, "MODELS", {"gpt-small": torch.float32})
-    monkeypatch.setattr(study, "prompts", lambda name, kind, some=0: [cyclic(8)[None], cyclic(5)[None]])
+    monkeypatch.setattr(study, "prompts", lambda name, kind, some: [cyclic(8)[None], cyclic(5)[None]])
     monkeypatch.setattr(study, "THEIRS", {"dynamic": {}, "static": study.STATIC})
     monkeypatch.setattr(study, "stream", lambda seed, n: [Request(tuple(cyclic(4 + i).tolist()), 3 + i, float(i)) for i in range(4)])
     for name, value in dict(NEW=10, ROUNDS=6, LONG=4).items():
@@ -78,7 +78,7 @@ def test_tokens_a_pass_are_foretold(small):
 
 def test_transformers_writes_the_same_texts(small):
     pytest.importorskip("transformers")
-    begun = study.prompts("gpt-small", "held out")
+    begun = study.prompts("gpt-small", "held out", 2)
     for draft in (PromptLookup(), Speculative(EarlyExit(0.5))):
         for write in study.theirs(small, draft, begun).values():
             for theirs, ids in zip(write(), begun, strict=True):
@@ -126,17 +126,17 @@ def test_the_head_of_the_copy_stands_behind_the_function():
 def test_texts_are_held_out_and_short_enough():
     model, task = study.loaded("gpt-small")
     for kind in study.KINDS:
-        begun = study.prompts("gpt-small", kind)
-        assert len(begun) == study.TRIALS and len({tuple(ids[0].tolist()) for ids in begun}) == study.TRIALS
+        begun = study.prompts("gpt-small", kind, 4)
+        assert len(begun) == len({tuple(ids[0].tolist()) for ids in begun}) == 4
         assert all(1 <= ids.shape[1] <= model.context - study.NEW for ids in begun)
-    text = "\n".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits"))
+    text = "\n".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits", 4))
     heads = [line for line in text.splitlines() if line.startswith("def ")]
-    assert len(heads) == 2 * study.TRIALS and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
+    assert len(heads) == 8 and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
 
 
 def test_transformers_is_asked_only_where_it_knows_the_draft(small):
     pytest.importorskip("transformers")
-    begun = study.prompts("gpt-small", "edits")
+    begun = study.prompts("gpt-small", "edits", 2)
     named = Pipeline((Use("gpt-small"),))
     assert not study.theirs(small, SpeculativeTree(EarlyExit(0.5)), begun)
-    assert not study.theirs(small, Speculative(named, cost=0.2), begun)
+    assert not study.theirs(small, Speculative(named, gamma=8, cost=0.2), begun)
