@@ -11,6 +11,15 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
 
 #define LANES 16
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -36,9 +45,13 @@ static inline float number(const void *at, long i, int half) { return half ? wid
 static inline Vector load(const void *at, long i, int half) {
     Vector value;
     if (half) {
+#ifdef __AVX512F__ /* one instruction, where GCC makes four of the lines below */
+        Bits bits = (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)((const uint16_t *)at + i))) << 16;
+#else
         Half part;
         memcpy(&part, (const uint16_t *)at + i, sizeof part);
         Bits bits = __builtin_convertvector(part, Bits) << 16;
+#endif
         memcpy(&value, &bits, sizeof value);
     } else
         memcpy(&value, (const float *)at + i, sizeof value);
@@ -48,61 +61,93 @@ static inline Vector load(const void *at, long i, int half) {
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 
-static __attribute__((noinline)) float total(Vector v) { /* out of line: one order of adding for all who add up lanes */
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Places __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
+#endif
+
+/* lanes i, i + 4, i + 8 and i + 12 added up */
+static inline Four quarter(const Vector *v) {
     Eight eight[2];
     Four four[2];
-    memcpy(eight, &v, sizeof v);
+    memcpy(eight, v, sizeof eight);
     eight[0] += eight[1];
     memcpy(four, eight, sizeof four);
-    four[0] += four[1];
-    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+    return four[0] + four[1];
 }
 
-/* R rows of weights and T tokens: y[t][r] = sum w[r][i] x[t][i], the rows of y `wide` numbers apart */
+/* lanes 0 and 2, and 1 and 3, of each added up: a, b, a, b */
+static inline Four halves(Four a, Four b) { return PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7); }
+
+/* y[k] = the sum of the lanes of v[k], four of them at once. There is one copy of this code, so that all who add up lanes do it
+ * in one order. */
+static __attribute__((noinline, noclone)) void totals(const Vector *v, long count, float *y) {
+    for (long k = 0; k < count; k += 4) {
+        Four ab = halves(quarter(v + k), quarter(v + k + 1)), cd = halves(quarter(v + k + 2), quarter(v + k + 3));
+        ab = PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
+        memcpy(y + k, &ab, sizeof ab);
+    }
+}
+
+/* R rows of weights and T tokens: y[t][r] = (add ? y[t][r] : 0) + sum w[r][i] x[t][i], the rows of y `wide` numbers apart */
 #define TILE(R, T)                                                                                                        \
-    static inline void tile##R##T(const void *w, long at, int half, const float *x, long n, float *y, long wide) {        \
-        Vector sum[R][T] = {{{0}}}, next[R][T] = {{{0}}};                                                                 \
+    static inline void tile##R##T(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) { \
+        Vector sum[T][R] = {{{0}}}, lanes[(R * T + 3) / 4 * 4] = {{0}};                                                   \
+        float all[(R * T + 3) / 4 * 4];                                                                                   \
         long i = 0;                                                                                                       \
-        for (; i + 2 * LANES <= n; i += 2 * LANES)                                                                        \
+        for (; i + LANES <= n; i += LANES) {                                                                              \
+            Vector a[R];                                                                                                  \
+            for (int r = 0; r < R; r++) a[r] = load(w, at + r * n + i, half);                                             \
+            for (int t = 0; t < T; t++)                                                                                   \
+                for (int r = 0; r < R; r++) sum[t][r] += a[r] * load(x, t * n + i, 0);                                    \
+        }                                                                                                                 \
+        for (int k = 0; k < R * T; k++) lanes[k] = sum[k / R][k % R];                                                     \
+        totals(lanes, R * T, all);                                                                                        \
+        for (int t = 0; t < T; t++)                                                                                       \
             for (int r = 0; r < R; r++) {                                                                                 \
-                Vector a = load(w, at + r * n + i, half), b = load(w, at + r * n + i + LANES, half);                      \
-                for (int t = 0; t < T; t++) {                                                                             \
-                    sum[r][t] += a * load(x, t * n + i, 0);                                                               \
-                    next[r][t] += b * load(x, t * n + i + LANES, 0);                                                      \
-                }                                                                                                         \
-            }                                                                                                             \
-        for (int r = 0; r < R; r++)                                                                                       \
-            for (int t = 0; t < T; t++) {                                                                                 \
                 float rest = 0;                                                                                           \
                 for (long j = i; j < n; j++) rest = fmaf(number(w, at + r * n + j, half), x[t * n + j], rest);            \
-                y[t * wide + r] = total(sum[r][t] + next[r][t]) + rest;                                                   \
+                rest += all[t * R + r];                                                                                   \
+                y[t * wide + r] = add ? y[t * wide + r] + rest : rest;                                                    \
             }                                                                                                             \
     }
-TILE(1, 1)
-TILE(1, 4)
-TILE(2, 1)
-TILE(2, 4)
+#define TILES(R) TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4) TILE(R, 5) TILE(R, 6)
+TILES(1) TILES(4)
 
-/* R rows of weights and all tokens */
+#ifdef __AVX512F__ /* tokens that meet four rows at once: as many as there are registers for their sums */
+#define MOST 6
+#else
+#define MOST 4
+#endif
+
+/* R rows of weights and all tokens, in as few parts as can be */
+#define SOME(R, T) case T: half ? tile##R##T(w, r * n, 1, x, n, y, wide, add) : tile##R##T(w, r * n, 0, x, n, y, wide, add); break;
 #define ROWS(R)                                                                                                           \
-    static void rows##R(const void *w, long r, int half, const float *x, long n, long tokens, float *y, long wide) {      \
-        long t = 0;                                                                                                       \
-        for (; t + 4 <= tokens; t += 4)                                                                                   \
-            half ? tile##R##4(w, r * n, 1, x + t * n, n, y + t * wide, wide) : tile##R##4(w, r * n, 0, x + t * n, n, y + t * wide, wide); \
-        for (; t < tokens; t++)                                                                                           \
-            half ? tile##R##1(w, r * n, 1, x + t * n, n, y + t * wide, wide) : tile##R##1(w, r * n, 0, x + t * n, n, y + t * wide, wide); \
+    static void rows##R(const void *w, long r, int half, const float *x, long n, long tokens, float *y, long wide, int add) { \
+        for (long parts = (tokens + MOST - 1) / MOST, some; parts > 0; parts--, tokens -= some, x += some * n, y += some * wide) \
+            switch (some = (tokens + parts - 1) / parts) { SOME(R, 1) SOME(R, 2) SOME(R, 3) SOME(R, 4) SOME(R, 5) SOME(R, 6) } \
     }
 ROWS(1)
-ROWS(2)
+ROWS(4)
 
-/* y[t][r] = W x[t] for all rows, two at a time; the loop is shared by the threads of the region around it */
-static void product_in(const void *w, long outputs, int half, const float *x, long n, long tokens, float *y, long wide) {
-#pragma omp for schedule(static)
-    for (long r = 0; r < outputs; r += 2)
-        if (r + 2 <= outputs)
-            rows2(w, r, half, x, n, tokens, y + r, wide);
-        else
-            rows1(w, r, half, x, n, tokens, y + r, wide);
+/* Which of n things are this thread's; of rows, four by four */
+typedef struct {
+    long from, to;
+} Share;
+
+static Share share(long n, long step) {
+    long threads = omp_get_num_threads(), each = ((n + step - 1) / step + threads - 1) / threads * step, from = omp_get_thread_num() * each;
+    return (Share){from < n ? from : n, from + each < n ? from + each : n};
+}
+
+/* y[t][r] = W x[t], or added to it, for this thread's rows: several products in a row need nobody to wait */
+static void product_in(const void *w, long outputs, int half, const float *x, long n, long tokens, float *y, long wide, int add) {
+    Share mine = share(outputs, 4);
+    long r = mine.from;
+    for (; r + 4 <= mine.to; r += 4) rows4(w, r, half, x, n, tokens, y + r, wide, add);
+    for (; r < mine.to; r++) rows1(w, r, half, x, n, tokens, y + r, wide, add);
 }
 
 /* e^x, to 2 units in the last place: 2^whole * e^rest, |rest| <= log(2) / 2. Loops over it become vectors. */
@@ -126,51 +171,59 @@ static inline float power(float x) {
 static void normalize(const float *x, const void *weight, int half, float eps, long n, long tokens, float *y) {
     for (long t = 0; t < tokens; t++) {
         float squares;
-        tile11(x, t * n, 0, x + t * n, n, &squares, 1);
+        tile11(x, t * n, 0, x + t * n, n, &squares, 1, 0);
         float scale = 1 / sqrtf(squares / n + eps);
         for (long i = 0; i < n; i++) y[t * n + i] = x[t * n + i] * scale * number(weight, i, half);
     }
 }
 
-/* Queries, keys and values of x, normalized: y (tokens, queries + 2 keys).  scratch: tokens * n floats */
-void project(const float *x, const void *norm, float eps, const void *q, const void *k, const void *v, long queries, long keys,
-             long n, long tokens, int half, int threads, float *scratch, float *y) {
+/* What follows with _in is called by every thread of a region, each doing its share; who reads what others wrote waits before.
+ * What is cheap, such as a norm, each does for itself: `scratch` begins with tokens * n floats a thread. */
+
+/* Queries, keys and values of x, normalized: y (tokens, queries + 2 keys) */
+static void project_in(const float *x, const void *norm, float eps, const void *q, const void *k, const void *v, long queries, long keys,
+                       long n, long tokens, int half, float *scratch, float *y) {
+    float *normal = scratch + omp_get_thread_num() * tokens * n;
     long all = queries + 2 * keys;
-    normalize(x, norm, half, eps, n, tokens, scratch);
-#pragma omp parallel num_threads(threads)
-    {
-        product_in(q, queries, half, scratch, n, tokens, y, all);
-        product_in(k, keys, half, scratch, n, tokens, y + queries, all);
-        product_in(v, keys, half, scratch, n, tokens, y + queries + keys, all);
-    }
+    normalize(x, norm, half, eps, n, tokens, normal);
+    product_in(q, queries, half, normal, n, tokens, y, all, 0);
+    product_in(k, keys, half, normal, n, tokens, y + queries, all, 0);
+    product_in(v, keys, half, normal, n, tokens, y + queries + keys, all, 0);
 }
 
-/* x += o a;  x += down (silu(gate norm(x)) * up norm(x)).  scratch: tokens * (2 n + 2 hidden) floats */
+/* x += o a;  x += down (silu(gate norm(x)) * up norm(x)).  scratch: 2 * tokens * hidden floats more */
+static void finish_in(float *x, const float *a, const void *o, long heads, const void *norm, float eps, const void *gate, const void *up,
+                      const void *down, long hidden, long n, long tokens, int half, float *scratch) {
+    float *normal = scratch + omp_get_thread_num() * tokens * n;
+    float *inner = scratch + omp_get_num_threads() * tokens * n, *other = inner + tokens * hidden;
+    product_in(o, n, half, a, heads, tokens, x, n, 1);
+#pragma omp barrier
+    normalize(x, norm, half, eps, n, tokens, normal);
+    product_in(gate, hidden, half, normal, n, tokens, inner, hidden, 0);
+    product_in(up, hidden, half, normal, n, tokens, other, hidden, 0);
+    Share mine = share(hidden, 4); /* the rows that it made */
+    for (long t = 0; t < tokens; t++)
+        for (long i = t * hidden + mine.from; i < t * hidden + mine.to; i++) inner[i] = inner[i] / (1 + power(-inner[i])) * other[i];
+#pragma omp barrier
+    product_in(down, n, half, inner, hidden, tokens, x, n, 1);
+}
+
+void project(const float *x, const void *norm, float eps, const void *q, const void *k, const void *v, long queries, long keys,
+             long n, long tokens, int half, int threads, float *scratch, float *y) {
+#pragma omp parallel num_threads(threads)
+    project_in(x, norm, eps, q, k, v, queries, keys, n, tokens, half, scratch, y);
+}
+
 void finish(float *x, const float *a, const void *o, long heads, const void *norm, float eps, const void *gate, const void *up,
             const void *down, long hidden, long n, long tokens, int half, int threads, float *scratch) {
-    float *added = scratch, *normal = added + tokens * n, *inner = normal + tokens * n, *other = inner + tokens * hidden;
 #pragma omp parallel num_threads(threads)
-    {
-        product_in(o, n, half, a, heads, tokens, added, n);
-#pragma omp single
-        {
-            for (long i = 0; i < tokens * n; i++) x[i] += added[i];
-            normalize(x, norm, half, eps, n, tokens, normal);
-        }
-        product_in(gate, hidden, half, normal, n, tokens, inner, hidden);
-        product_in(up, hidden, half, normal, n, tokens, other, hidden);
-#pragma omp for schedule(static)
-        for (long i = 0; i < tokens * hidden; i++) inner[i] = inner[i] / (1 + power(-inner[i])) * other[i];
-        product_in(down, n, half, inner, hidden, tokens, added, n);
-#pragma omp for schedule(static)
-        for (long i = 0; i < tokens * n; i++) x[i] += added[i];
-    }
+    finish_in(x, a, o, heads, norm, eps, gate, up, down, hidden, n, tokens, half, scratch);
 }
 
 /* y = W x alone: the output layer */
 void product(const float *x, const void *w, long outputs, long n, long tokens, int half, int threads, float *y) {
 #pragma omp parallel num_threads(threads)
-    product_in(w, outputs, half, x, n, tokens, y, outputs);
+    product_in(w, outputs, half, x, n, tokens, y, outputs, 0);
 }
 
 static void rotate(const float *x, const float *cosine, const float *sine, long d, float *y) {
@@ -187,58 +240,99 @@ static void put(void *where, long i, float value, int half) {
         ((float *)where)[i] = value;
 }
 
-/* Writes keys, rotated, and values of n new tokens behind `held` old ones, and lets the tokens look at all that they may.
- * x: (texts, n, (heads + 2 groups) d): queries, keys, values, as `project` leaves them; keys, values: (texts, groups, room, d);
- * mask: (n, held + n), or NULL for causal; out: (texts, n, heads d); scratch: texts * heads * (held + n + 2 d) floats */
-void attend(const float *x, const float *cosine, const float *sine, void *keys, void *values, const uint8_t *mask, float *scratch,
-            float *out, long texts, long heads, long groups, long n, long held, long room, long d, int half, int threads) {
+/* What m scores become: their chances, all still to be divided by their sum; 0 where nothing is seen */
+static void chances(float *score, long m, const uint8_t *mask, long last) {
+    float largest = -INFINITY;
+    for (long j = 0; j < m; j++) score[j] = (mask ? mask[j] : j <= last) ? score[j] : -INFINITY;
+    for (long j = 0; j < m; j++) largest = score[j] > largest ? score[j] : largest;
+    for (long j = 0; j < m; j++) score[j] = score[j] == -INFINITY ? 0 : power(score[j] - largest);
+}
+
+/* The sums of four queries' m chances each, one by one from the first to the last, so that what lies unseen between changes nothing */
+static Four sums(const float *chance, long m) {
+    Four all = {0};
+    for (long j = 0; j < m; j++) all += (Four){chance[j], chance[m + j], chance[2 * m + j], chance[3 * m + j]};
+    return all;
+}
+
+/* sum chance[j] value[j] of four queries, LANES numbers of it; what has no chance does not count, whatever lies there */
+static inline void mix(const void *values, long from, int half, const float *chance, long m, long d, long c, Vector *sum) {
+    Vector four[4] = {{0}};
+    for (long j = 0; j < m; j++) {
+        Vector value = load(values, from + j * d + c, half);
+        for (int t = 0; t < 4; t++)
+            if (chance[t * m + j] != 0) four[t] += chance[t * m + j] * value;
+    }
+    memcpy(sum, four, sizeof four);
+}
+
+/* Writes keys, rotated, and values of n new tokens behind `held` old ones, and lets the tokens look at all that they may, four at
+ * a time. x: (texts, n, (heads + 2 groups) d): queries, keys, values, as `project` leaves them; keys, values: (texts, groups,
+ * room, d); mask: (n, held + n), or NULL for causal; out: (texts, n, heads d); scratch: texts * heads * 4 * (held + n + d) floats */
+static void attend_in(const float *x, const float *cosine, const float *sine, void *keys, void *values, const uint8_t *mask, float *scratch,
+                      float *out, long texts, long heads, long groups, long n, long held, long room, long d, int half) {
     long m = held + n, all_heads = heads + 2 * groups;
-    for (long b = 0; b < texts; b++)
-        for (long g = 0; g < groups; g++)
-            for (long i = 0; i < n; i++) {
-                long at = ((b * groups + g) * room + held + i) * d;
-                const float *key = x + ((b * n + i) * all_heads + heads + g) * d, *value = key + groups * d;
-                rotate(key, cosine + i * d, sine + i * d, d, scratch);
-                for (long c = 0; c < d; c++) put(keys, at + c, scratch[c], half);
-                for (long c = 0; c < d; c++) put(values, at + c, value[c], half);
-            }
-    /* however little there is to do: fewer threads than the regions around it have would cost more than it saves */
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long r = 0; r < texts * heads; r++) {
-        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d;
-        float *weight = scratch + r * (m + 2 * d), *query = weight + m, *sum = query + d;
+    Share mine = share(texts * groups, 1);
+    for (long g = mine.from; g < mine.to; g++)
         for (long i = 0; i < n; i++) {
-            float largest = -INFINITY, all = 0;
-            rotate(x + ((b * n + i) * all_heads + h) * d, cosine + i * d, sine + i * d, d, query);
-            for (long c = 0; c < d; c++) query[c] /= sqrtf((float)d), sum[c] = 0;
-            for (long j = 0; j < m; j++) {
-                if (mask ? !mask[i * m + j] : j > held + i)
-                    weight[j] = -INFINITY;
-                else
-                    rows1(keys, (from + j * d) / d, half, query, d, 1, weight + j, 1);
-                largest = weight[j] > largest || weight[j] != weight[j] ? weight[j] : largest;
+            const float *key = x + ((g / groups * n + i) * all_heads + heads + g % groups) * d, *value = key + groups * d;
+            float *turned = scratch + g * 4 * (m + d);
+            rotate(key, cosine + i * d, sine + i * d, d, turned);
+            for (long c = 0; c < d; c++) put(keys, (g * room + held + i) * d + c, turned[c], half);
+            for (long c = 0; c < d; c++) put(values, (g * room + held + i) * d + c, value[c], half);
+        }
+#pragma omp barrier
+    mine = share(texts * heads, 1);
+    for (long r = mine.from; r < mine.to; r++) {
+        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d;
+        float *score = scratch + r * 4 * (m + d), *query = score + 4 * m;
+        for (long i = 0; i < n; i += 4) {
+            long some = n - i < 4 ? n - i : 4, j = 0, c = 0;
+            float *place = out + ((b * n + i) * heads + h) * d;
+            for (long t = 0; t < some; t++) {
+                rotate(x + ((b * n + i + t) * all_heads + h) * d, cosine + (i + t) * d, sine + (i + t) * d, d, query + t * d);
+                for (c = 0; c < d; c++) query[t * d + c] /= sqrtf((float)d);
             }
-            for (long j = 0; j < m; j++) weight[j] = weight[j] == -INFINITY ? 0 : power(weight[j] - largest);
-            for (long j = 0; j < m; j++) {
-                if (weight[j] == 0) continue; /* what is not seen does not count, whatever lies there */
-                all += weight[j];
-                for (long c = 0; c < d; c++) sum[c] = fmaf(weight[j], number(values, from + j * d + c, half), sum[c]);
+            for (; j + 4 <= m; j += 4) rows4(keys, from / d + j, half, query, d, some, score + j, m, 0);
+            for (; j < m; j++) rows1(keys, from / d + j, half, query, d, some, score + j, m, 0);
+            memset(score + some * m, 0, (4 - some) * m * sizeof *score);
+            for (long t = 0; t < some; t++) chances(score + t * m, m, mask ? mask + (i + t) * m : NULL, held + i + t);
+            Four all = sums(score, m);
+            for (c = 0; c + LANES <= d; c += LANES) {
+                Vector sum[4];
+                half ? mix(values, from, 1, score, m, d, c, sum) : mix(values, from, 0, score, m, d, c, sum);
+                for (long t = 0; t < some; t++) {
+                    sum[t] /= all[t];
+                    memcpy(place + t * heads * d + c, sum + t, sizeof *sum);
+                }
             }
-            for (long c = 0; c < d; c++) out[((b * n + i) * heads + h) * d + c] = sum[c] / all;
+            for (; c < d; c++)
+                for (long t = 0; t < some; t++) {
+                    float sum = 0;
+                    for (j = 0; j < m; j++)
+                        if (score[t * m + j] != 0) sum = fmaf(score[t * m + j], number(values, from + j * d + c, half), sum);
+                    place[t * heads * d + c] = sum / all[t];
+                }
         }
     }
 }
 
-/* All blocks. weights: nine a block; sizes: queries, keys, hidden; eps: two a block; kept: keys and values a block.
- * room: for the largest block tokens * (2 queries + 2 keys) floats, and what the parts above call scratch */
+/* All blocks, in one region: waking threads costs more than what a small block has to do. weights: nine a block; sizes: queries,
+ * keys, hidden; eps: two a block; kept: keys and values a block. room: for the largest block tokens * (2 queries + 2 keys) floats,
+ * and what the parts above call scratch */
 void blocks(long count, const void **weights, const long *sizes, const float *eps, void **kept, const float *cosine, const float *sine,
             const uint8_t *mask, float *x, float *room, long texts, long n, long held, long capacity, long d, long width, int half, int threads) {
     long tokens = texts * n;
-    for (long l = 0; l < count; l++, weights += 9, sizes += 3, eps += 2, kept += 2) {
-        long queries = sizes[0], keys = sizes[1], hidden = sizes[2];
+#pragma omp parallel num_threads(threads)
+    for (long l = 0; l < count; l++) {
+        const void **w = weights + 9 * l;
+        long queries = sizes[3 * l], keys = sizes[3 * l + 1], hidden = sizes[3 * l + 2];
         float *qkv = room, *seen = qkv + tokens * (queries + 2 * keys), *scratch = seen + tokens * queries;
-        project(x, weights[0], eps[0], weights[1], weights[2], weights[3], queries, keys, width, tokens, half, threads, scratch, qkv);
-        attend(qkv, cosine, sine, kept[0], kept[1], mask, scratch, seen, texts, queries / d, keys / d, n, held, capacity, d, half, threads);
-        finish(x, seen, weights[4], queries, weights[5], eps[1], weights[6], weights[7], weights[8], hidden, width, tokens, half, threads, scratch);
+        project_in(x, w[0], eps[2 * l], w[1], w[2], w[3], queries, keys, width, tokens, half, scratch, qkv);
+#pragma omp barrier
+        attend_in(qkv, cosine, sine, kept[2 * l], kept[2 * l + 1], mask, scratch, seen, texts, queries / d, keys / d, n, held, capacity, d, half);
+#pragma omp barrier
+        finish_in(x, seen, w[4], queries, w[5], eps[2 * l + 1], w[6], w[7], w[8], hidden, width, tokens, half, scratch);
+#pragma omp barrier
     }
 }

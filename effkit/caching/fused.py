@@ -85,7 +85,7 @@ class Plan:
         """Floats that a pass needs beside its stream."""
         tokens = texts * n
         return max(
-            2 * tokens * (queries + keys) + max(2 * tokens * (width + hidden), texts * (queries // d) * (length + 2 * d))
+            2 * tokens * (queries + keys) + max(scratch(tokens, width, hidden), texts * (queries // d) * 4 * (length + d))
             for queries, keys, hidden in self.sizes
         )
 
@@ -107,6 +107,11 @@ class FusedCache(PreallocatedCache):
             count, *plan.arrays, kept, *pointers(cosine, sine, mask, stream, room), texts, n, self.length - n,
             held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
+
+
+def scratch(tokens: int, width: int, hidden: int) -> int:
+    """Floats that the parts of a block use: a norm for each thread, and two of the hidden states."""
+    return tokens * (torch.get_num_threads() * width + 2 * hidden)
 
 
 def pointers(*tensors: Tensor | None) -> list[int | None]:
@@ -206,13 +211,13 @@ def through(library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n d"], dt
     (rows, n, width), d = stream.shape, cache.rope.head_dim
     tokens, how = rows * n, (dtype == torch.bfloat16, torch.get_num_threads())
     for layer, ((first, q, k, v, o, second, gate, up, down), (queries, keys, hidden)) in enumerate(zip(plan.weights, plan.sizes, strict=True)):
-        qkv, scratch = stream.new_empty(rows, n, queries + 2 * keys), stream.new_empty(2 * tokens * (width + hidden))
+        qkv, room = stream.new_empty(rows, n, queries + 2 * keys), stream.new_empty(scratch(tokens, width, hidden))
         library.project(*pointers(stream, first), plan.eps[2 * layer], *pointers(q, k, v), queries, keys, width, tokens,
-                        *how, *pointers(scratch, qkv))  # fmt: skip
+                        *how, *pointers(room, qkv))  # fmt: skip
         parts = qkv.to(dtype).split([queries, keys, keys], dim=-1)
         seen = cache.attend(layer, *(split(part, d) for part in parts)).transpose(1, 2).float().contiguous()
         library.finish(*pointers(stream, seen, o), queries, *pointers(second), plan.eps[2 * layer + 1], *pointers(gate, up, down),
-                       hidden, width, tokens, *how, *pointers(scratch))  # fmt: skip
+                       hidden, width, tokens, *how, *pointers(room))  # fmt: skip
 
 
 @stored

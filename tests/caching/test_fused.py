@@ -368,14 +368,16 @@ def test_the_input_is_left_as_it_is():
 
 
 BUGS = {
-    "a query sees one token too many": ("j > held + i", "j > held + i + 1"),
-    "scores not scaled": ("query[c] /= sqrtf((float)d), sum[c] = 0", "sum[c] = 0"),
-    "keys not rotated": ("put(keys, at + c, scratch[c], half)", "put(keys, at + c, key[c], half)"),
+    "a query sees one token too many": ("j <= last", "j <= last + 1"),
+    "scores not scaled": ("query[t * d + c] /= sqrtf((float)d)", "query[t * d + c] /= 1"),
+    "keys not rotated": ("* d + c, turned[c], half)", "* d + c, key[c], half)"),
     "heads of another group": ("h / (heads / groups)", "h % groups"),
-    "no residual": ("x[i] += added[i];\n            normalize", "x[i] = added[i];\n            normalize"),
+    "the last keys forgotten": ("rows1(keys, from / d + j, half, query, d, some, score + j, m, 0);", ";"),
+    "the second query's sum is the first one's": ("chance[m + j], chance[2", "chance[j], chance[2"),
+    "no residual": ("product_in(o, n, half, a, heads, tokens, x, n, 1)", "product_in(o, n, half, a, heads, tokens, x, n, 0)"),
     "gate for up": ("product_in(up, hidden", "product_in(gate, hidden"),
-    "a tail forgotten": ("+ rest;", ";"),
-    "the last row forgotten": ("rows1(w, r, half, x, n, tokens, y + r, wide);", ";"),
+    "a tail forgotten": ("rest += all[t * R + r]", "rest = all[t * R + r]"),
+    "the last row forgotten": ("rows1(w, r, half, x, n, tokens, y + r, wide, add);", ";"),
     "epsilon forgotten": ("squares / n + eps", "squares / n"),
 }
 
@@ -392,8 +394,8 @@ def test_a_bug_in_the_kernels_is_noticed(name, monkeypatch):
 
 
 def test_a_sum_that_depends_on_the_number_of_tokens_is_noticed(monkeypatch):
-    source = fused._SOURCE.read_text()
-    changed = source.replace("tile##R##4(w, r * n, 0", "tile##R##4_other(w, r * n, 0").replace("ROWS(1)", OTHER + "ROWS(1)")
+    other = "case 4: tile##R##4_other(w, r * n, half, x, n, y, wide, add); break;"
+    changed = fused._SOURCE.read_text().replace("SOME(R, 4) SOME", f"{other} SOME").replace("ROWS(1)", OTHER + "ROWS(1)")
     assert changed.count("_other") == 4
     monkeypatch.setattr(fused, "_SOURCE", changed)
     with pytest.raises(AssertionError):
@@ -401,16 +403,24 @@ def test_a_sum_that_depends_on_the_number_of_tokens_is_noticed(monkeypatch):
 
 
 OTHER = """
-static void tile14_other(const void *w, long at, int half, const float *x, long n, float *y, long wide) {
+static void tile14_other(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) {
     for (int t = 0; t < 4; t++) {
-        y[t * wide] = 0;
-        for (long i = 0; i < n; i++) y[t * wide] += number(w, at + i, half) * x[t * n + i];
+        float sum = 0;
+        for (long i = 0; i < n; i++) sum += number(w, at + i, half) * x[t * n + i];
+        y[t * wide] = add ? y[t * wide] + sum : sum;
     }
 }
-static void tile24_other(const void *w, long at, int half, const float *x, long n, float *y, long wide) {
-    for (int r = 0; r < 2; r++) tile14_other(w, at + r * n, half, x, n, y + r, wide);
+static void tile44_other(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) {
+    for (int r = 0; r < 4; r++) tile14_other(w, at + r * n, half, x, n, y + r, wide, add);
 }
 """
+
+
+def test_without_openmp_one_thread_does_it_all(monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", native.FLAGS[:-1])
+    monkeypatch.setattr(fused, "_SOURCE", fused._SOURCE.read_text() + "/* alone */")
+    computes_what_the_blocks_compute(d_model=35, d_ff=37, head_dim=6)
+    a_block_is_its_tokens_one_by_one()
 
 
 def test_kernels_are_compiled_once():
