@@ -6,8 +6,8 @@ Idea      One kernel from the residual stream to queries, keys and values, one f
           there back to the residual stream (decoder.c). A row of weights is read once and meets all tokens.
 Exact     A number is summed in the same order however many tokens pass, so that a block of tokens gives bit for bit what
           one by one gives, and greedy speculation is identical in bfloat16, too: for one text of its own cache and at
-          most 31 proposals a pass, for what is longer goes another way. Between blocks, the stream is float32.
-Limit     Few tokens: from some 32 on, a library's products are better. Layers that are no plain nn.Linear, hooks, those
+          most 63 proposals a pass, for what is longer goes another way. Between blocks, the stream is float32.
+Limit     Few tokens: from some 64 on, a library's products are better. Layers that are no plain nn.Linear, hooks, those
           who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
           nondeterminism in LLM inference" (kernels that do not depend on the batch).
@@ -35,7 +35,7 @@ from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.zoo.gpt import Attention, Block, FeedForward, InOrder, split
 
-FEW = 32  # tokens, over all rows
+FEW = 64  # tokens, over all rows
 _SOURCE = Path(__file__).with_name("decoder.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {

@@ -65,8 +65,12 @@ class TreeDraft(Proposer):
         return Proposal(tokens, F.pad(torch.cat(chances), (0, 0, 0, len(last))), parents)  # behind leaves, nothing was drawn
 
     def behind(self, ids: Int[Tensor, "1 n"], tree: Proposal) -> Float[Tensor, "g+1 vocab"]:
-        """The draft's logits behind the text and every node; of the text, it reads what it has not read yet."""
-        self.cache.truncate(self.read)
+        """The draft's logits behind the text and every node. Each level reads the last token of the text once more; what stands
+        before it is read alone at first, for there are caches that cannot give back a part of their prompt (SnapKV)."""
+        if not self.read and ids.shape[1] > 1:
+            look(self.draft, ids[:, :-1], Proposal(ids[0, :0]), self.cache)
+        else:
+            self.cache.truncate(self.read)
         logits, self.read = look(self.draft, ids, tree, self.cache)[1], ids.shape[1] - 1
         return logits
 

@@ -8,6 +8,7 @@ Drafts    A cell is one model and one draft. For each kind of text and temperatu
           texts that the target wrote alone.
 Texts     Held-out ones continued, and code edited: a held-out function, and the head of its copy under another name.
 Caches    A cell is one model in one precision: greedy texts by every cache and by transformers with each of its own.
+Batches   Several texts at once, with the best draft and without.
 Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy.
 """
 
@@ -46,6 +47,7 @@ from effkit.speculative import (
     Speculative,
     SpeculativeTree,
 )
+from effkit.speculative.batch import speculative_batch
 from effkit.speculative.law import expected_passes, expected_tokens, statistics
 from effkit.speculative.speculate import SpeculativeDecoding
 from effkit.speculative.verify import overlap
@@ -53,13 +55,15 @@ from effkit.studies.study import Cells, Study
 from effkit.zoo.data import stdlib_text
 from effkit.zoo.use import Use
 
-MODELS = {"gpt-target": torch.bfloat16, "smollm2": torch.bfloat16, "gpt-small": torch.float32}
+FLOAT, HALF = torch.float32, torch.bfloat16
+MODELS = {"gpt-target": FLOAT, "gpt-target in bfloat16": HALF, "smollm2": HALF, "gpt-small": FLOAT}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
-TRIALS = {"gpt-target": 4, "smollm2": 2, "gpt-small": 4}  # texts of each kind
-PROMPT, NEW, ROUNDS = 64, 48, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
+TRIALS = {"smollm2": 2}  # texts of each kind; of the others 3
+PROMPT, NEW, ROUNDS = 64, 32, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
 PEERS = 4  # proposed at a time by those drafts of ours that transformers races
 LONG = 16  # texts by which tokens a pass are foretold
 LESSONS = 400_000  # tokens of the training text that a draft may learn from
+BATCHES = (1, 2, 4, 8, 16, 32)  # texts at once
 REQUESTS = 60  # of the stream that is served
 CACHES = {"recomputed": Recompute(), "concatenated": Identity(), "preallocated": Preallocated(), "fused": Fused(), "a window of 256": Window(252, 4)}
 STATIC = {"cache_implementation": "static"}
@@ -75,6 +79,8 @@ def drafts(model: str) -> dict[str, Technique]:
         "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
         "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)),
     }  # fmt: skip
+    if model == "gpt-target in bfloat16":
+        return {"prompt lookup": PromptLookup()} | {name: draft for name, draft in brought().items() if "distilled" in name}
     if model != "smollm2":
         found |= {
             "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
@@ -102,7 +108,7 @@ def brought() -> dict[str, Technique]:
 @cache
 def loaded(name: str) -> tuple[Any, Task]:
     """The model, and its task with a short training text."""
-    model, task = zoo.load(name, MODELS[name])
+    model, task = zoo.load(name.split()[0], MODELS[name])
     if task.train is None:
         return model, task
     windows: Any = task.train
@@ -113,7 +119,7 @@ def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
     """What so many texts of this kind begin with."""
     if kind == "held out":
         return [loaded(name)[1].val.at(i)[0][:1, :PROMPT] for i in range(some)]  # type: ignore[union-attr]
-    coder, first = zoo.tokenizer(name), (part for text in stdlib_text("val") for part in functions(text)[:1])
+    coder, first = zoo.tokenizer(name.split()[0]), (part for text in stdlib_text("val") for part in functions(text)[:1])
     return [torch.tensor([coder.encode(next(first), add_special_tokens=False).ids]) for _ in range(some)]
 
 
@@ -198,7 +204,7 @@ def cell(name: str, draft: Technique) -> dict:
     drafting: Any = draft(plain, task)
     found: dict[str, dict] = {}
     for kind, temperature in product(KINDS, TEMPERATURES):
-        begun = prompts(name, kind, TRIALS[name])
+        begun = prompts(name, kind, TRIALS.get(name, 3))
         peers = {} if temperature else theirs(model, draft, begun)
         found[f"{kind}; {temperature}"] = raced(plain, drafting, begun, temperature, new=NEW, rounds=ROUNDS, peers=peers)
     if type(drafting.decoding) is SpeculativeDecoding and drafting.decoding.cost is None:
@@ -216,6 +222,18 @@ def caches(name: str, dtype: torch.dtype) -> dict:
     return {"seconds": timed(runs, ROUNDS)}
 
 
+def batches(model: str, draft: Any) -> dict:
+    """Of so many texts written at once, greedily: seconds with the draft and without."""
+    plain, found = Fused()(loaded(model)[0]), {}
+    helper, every = draft.draft(plain), torch.cat(prompts(model, "held out", max(BATCHES)))
+    sampler = Sampler(temperature=0.0)
+    for rows in BATCHES:
+        together = partial(plain.generate, every[:rows], NEW, sampler=sampler)
+        guessed = partial(speculative_batch, plain, helper, [*every[:rows]], NEW, gamma=draft.gamma, sampler=sampler)
+        found[str(rows)] = {"seconds": timed({"plain": together, "drafting": guessed}, ROUNDS)}
+    return found
+
+
 def serving() -> dict:
     """Within twice the time that 95 % of the answers take at leisure: what each policy writes, three times over."""
     model, requests = Fused()(loaded("gpt-small")[0]), stream(seed=0, n=REQUESTS)
@@ -230,14 +248,16 @@ def serving() -> dict:
 
 def cells() -> Cells:
     found: dict[str, Callable[[], dict]] = {"gpt-small: serving": serving}
+    found["gpt-target: batches"] = partial(batches, "gpt-target", brought()["gpt-draft-distilled, 2 in a line"])
     for model in MODELS:
-        found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        if len(model.split()) == 1:
+            found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (FLOAT, HALF)}
         found |= {f"{model}: {name}": partial(cell, model, draft) for name, draft in drafts(model).items()}
     return found
 
 
 def settings() -> dict:
-    numbers = {"trials": TRIALS, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "requests": REQUESTS}
+    numbers = {"trials": TRIALS, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "batches": list(BATCHES), "requests": REQUESTS}
     more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
     each = {f"{model}: {name}": to_json(draft) for model in MODELS for name, draft in drafts(model).items()}
     return numbers | more | {"drafts": each}

@@ -313,6 +313,42 @@ def test_heavy_hitters_keep_more_attention_than_chance_does(monkeypatch):
     assert mean > chance + 0.04 and mean > total + 0.04, (mean, total, chance)
 
 
+@pytest.fixture(scope="module")
+def real():
+    model, task = zoo.load("smollm2")
+    return model, task.test.ids[None, :513]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2_gives_its_first_token_much_of_its_attention(real):
+    """In the layers from the twelfth on a quarter to six tenths of it, whatever that token says: a sink."""
+    model, ids = real
+    cache = H2OCache(model.rope, budget=600, recent=1)  # which counts what each token got, and throws nothing away
+    with torch.no_grad():
+        model(ids, cache)
+    heads = model.config.heads / model.config.kv_heads * ids.shape[1]
+    share = [((got.mass[..., 0] + got.given[..., 0].sum(2)).mean() / heads).item() for got in cache.got.values()]
+    assert len(share) == 30 and min(share[12:]) > 0.2 and 0.4 < max(share[12:]) < 0.7 and min(share) < 0.05, share
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2_misses_the_sinks_alone(real):
+    """A window of 256 costs much without them, and with them no more than reading the last 256 tokens anew for every token."""
+    model, ids = real
+    places = torch.arange(400, 448)
+    right = ids[0, places + 1, None]
+    nats = lambda logits: -logits.float().log_softmax(-1).gather(1, right)  # noqa: E731
+    with torch.no_grad():
+        ways = {"exact": model, "sinks": Through(Window(252, 4)(model)), "none": Through(Window(256, 0)(model))}
+        lost = {name: nats(way(ids[:, :449])[0, places]) for name, way in ways.items()}
+        anew = torch.stack([ids[0, at - 255 : at + 1] for at in places.tolist()])
+        lost["anew"] = nats(torch.cat([model(part)[:, -1] for part in anew.split(8)]))
+    added = {name: (each - lost["exact"]).mean().item() for name, each in lost.items()}
+    assert added["none"] > 0.3 > abs(added["sinks"] - added["anew"]) + 0.15, added
+
+
 # techniques
 
 

@@ -170,6 +170,13 @@ def test_eight_bits_cost_nothing_and_two_cost_more_by_token():
     costs_bits("gpt-small", 16)
 
 
+@pytest.mark.real
+@pytest.mark.slow
+def test_so_on_a_real_model():
+    """The eight bits whose bytes are counted above: in full precision only the newest token."""
+    costs_bits("smollm2", 1)
+
+
 def test_a_technique_sets_the_cache_and_a_file_remembers(tmp_path):
     model, ids = decoder(), text(40)
     result = QuantizedKV(2, "token", 8, 3)(model)

@@ -26,16 +26,17 @@ def small(monkeypatch):
     known.cache_clear = lambda: None
     monkeypatch.setattr(study, "loaded", known)
     monkeypatch.setattr(study, "MODELS", {"gpt-small": torch.float32})
-    monkeypatch.setattr(study, "prompts", lambda name, kind, some: [cyclic(8)[None], cyclic(5)[None]])
+    monkeypatch.setattr(study, "brought", lambda: {"gpt-draft-distilled, 2 in a line": Speculative(EarlyExit(0.5), gamma=2)})
+    monkeypatch.setattr(study, "prompts", lambda name, kind, some: [cyclic(8)[None], cyclic(13)[None, 5:]])
     monkeypatch.setattr(study, "THEIRS", {"dynamic": {}, "static": study.STATIC})
     monkeypatch.setattr(study, "stream", lambda seed, n: [Request(tuple(cyclic(4 + i).tolist()), 3 + i, float(i)) for i in range(4)])
-    for name, value in dict(NEW=10, ROUNDS=6, LONG=4).items():
+    for name, value in dict(NEW=10, ROUNDS=6, LONG=4, BATCHES=(1, 2)).items():
         monkeypatch.setattr(study, name, value)
     return model
 
 
 def small_cells(made):
-    return {name: cell for name, cell in made["cells"].items() if "caches" not in name and "serving" not in name}
+    return {name: cell for name, cell in made["cells"].items() if not any(word in name for word in ("caches", "serving", "batches"))}
 
 
 @pytest.mark.slow
@@ -60,6 +61,7 @@ def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tm
     for precision in ("float32", "bfloat16"):
         seconds = made["cells"][f"gpt-small: caches, {precision}"]["seconds"]
         assert set(seconds) == {*study.CACHES, *(f"transformers, {key}" for key in study.THEIRS)}
+    assert [set(each["seconds"]) for each in made["cells"]["gpt-target: batches"].values()] == [{"plain", "drafting"}] * 2
     rates = made["cells"]["gpt-small: serving"]["tokens a second"]
     assert set(rates) == {"continuous", "static"} and all(len(each) == 3 and min(each) > 0 for each in rates.values())
 

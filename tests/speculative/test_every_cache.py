@@ -59,7 +59,6 @@ REFUSED |= {
     (cache, way): f"larger than the {n} that stay in full precision: take proposals in one line, or QuantizedKV"
     for cache, n in (("int8", 1), ("int2", 5)) for way in BRANCHING
 }  # fmt: skip
-REFUSED["prompt", "a tree of half of it"] = "SnapKVCache can be taken back to 11 tokens and not to 10"  # the draft reads the last token twice
 
 
 @pytest.mark.slow
