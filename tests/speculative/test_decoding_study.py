@@ -42,7 +42,7 @@ def small_cells(made):
 @pytest.mark.slow
 def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    chosen = {"prompt lookup": PromptLookup(), "half": Speculative(EarlyExit(0.5)), "tree": SpeculativeTree(EarlyExit(0.5), (2, 1))}
+    chosen = {"prompt lookup": PromptLookup(), "half": Speculative(Pipeline((EarlyExit(0.5),))), "tree": SpeculativeTree(EarlyExit(0.5), (2, 1))}
     monkeypatch.setattr(study, "drafts", lambda model: chosen)
     made = study.STUDY.run(tmp_path / "decoding.json")
     assert made == json.loads((tmp_path / "decoding.json").read_text())
@@ -81,7 +81,7 @@ def test_tokens_a_pass_are_foretold(small):
 def test_transformers_writes_the_same_texts(small):
     pytest.importorskip("transformers")
     begun = study.prompts("gpt-small", "held out", 2)
-    for draft in (PromptLookup(), Speculative(EarlyExit(0.5))):
+    for draft in (PromptLookup(), Speculative(Pipeline((EarlyExit(0.5),)))):
         for write in study.theirs(small, draft, begun).values():
             for theirs, ids in zip(write(), begun, strict=True):
                 assert torch.equal(theirs, small.generate(ids, study.NEW, temperature=0.0))

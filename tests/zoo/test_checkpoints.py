@@ -8,6 +8,7 @@ import pytest
 
 from effkit import load, zoo
 from effkit.core.paths import data_dir
+from effkit.speculative.self_draft import acceptance
 
 SHEET = (data_dir() / "README.md").read_text()
 CARDS = dict(re.findall(r"\| `([\w-]+)\.safetensors` \|.*\| `([0-9a-f]{16})` \|", SHEET))
@@ -65,3 +66,19 @@ def test_language_models_predict_code_they_never_saw():
 
 def test_the_target_is_of_the_size_that_its_chapter_asks_for():
     assert 10e6 < sum(p.numel() for p in load(data_dir() / "gpt-target.safetensors").parameters()) < 20e6
+
+
+DRAFTS = ("gpt-draft", "gpt-draft-distilled")
+
+
+def test_drafts_are_small():
+    assert all(sum(p.numel() for p in load(data_dir() / f"{name}.safetensors").parameters()) < 1.5e6 for name in DRAFTS)
+
+
+@pytest.mark.slow
+def test_the_taught_draft_guesses_better_than_the_plain_one():
+    """By two points of a hundred on 24 held-out windows (.584 against .558); gpt-small, from which the target grew, by far best (.92)."""
+    target, task = zoo.load("gpt-target")
+    texts = replace(task.val, length=1024, size=4).first(8)
+    plain, taught, origin = (acceptance(target, zoo.load(name)[0], texts) for name in (*DRAFTS, "gpt-small"))
+    assert plain + 0.01 < taught < origin
