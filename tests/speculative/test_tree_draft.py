@@ -93,7 +93,7 @@ def test_one_pass_of_the_draft_a_level():
     draft, passes = decoder(1), []
     draft.norm.register_forward_hook(lambda module, inputs, output: passes.append(output.shape[1]))
     TreeDraft(draft, (3, 2, 1), capacity=40)(text(7), 3, GREEDY, None)
-    assert passes == [7, 1 + 3, 1 + 3 + 6], "each fed what is above it anew, the last token of the text first"
+    assert passes == [6, 1, 1 + 3, 1 + 3 + 6], "behind what stands before it each is fed what is above it anew, the last token of the text first"
 
 
 PLANTED = {
