@@ -224,7 +224,8 @@ def caches(name: str, dtype: torch.dtype) -> dict:
 
 def batches(model: str, draft: Any) -> dict:
     """Of so many texts written at once, greedily: seconds with the draft and without."""
-    plain, found = Fused()(loaded(model)[0]), {}
+    plain: Any = Fused()(loaded(model)[0])
+    found: dict[str, dict] = {}
     helper, every = draft.draft(plain), torch.cat(prompts(model, "held out", max(BATCHES)))
     sampler = Sampler(temperature=0.0)
     for rows in BATCHES:

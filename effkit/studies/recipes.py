@@ -78,8 +78,8 @@ RECIPES = {
 def taught(student: str, teacher: str, steps: int) -> Recipe:
     """A shipped draft goes on learning, from all that its target thinks of each next token (Zhou et al. 2023, arXiv:2310.08461,
     who also begin with a draft that was trained plainly)."""
-    recipe = language_recipe((0, steps), 4e-3, lambda: zoo.load(student)[0].train(), seed=3)
-    return replace(recipe, teacher=teacher)
+    begun: Callable[[], Any] = lambda: zoo.load(student)[0].train()  # noqa: E731
+    return replace(language_recipe((0, steps), 4e-3, begun, seed=3), teacher=teacher)
 
 
 RECIPES["gpt-draft-distilled"] = taught("gpt-draft", "gpt-target", steps=1200)
