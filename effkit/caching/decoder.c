@@ -58,6 +58,16 @@ static inline Vector load(const void *at, long i, int half) {
     return value;
 }
 
+/* sum + a b, rounded once: GCC on some processors rounds twice in a loop with a single sum, and once where there are several, and
+ * then one token would not give what a block gives */
+static inline Vector plus(Vector sum, Vector a, Vector b) {
+#ifdef __AVX512F__
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 
@@ -101,7 +111,7 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
             Vector a[R];                                                                                                  \
             for (int r = 0; r < R; r++) a[r] = load(w, at + r * n + i, half);                                             \
             for (int t = 0; t < T; t++)                                                                                   \
-                for (int r = 0; r < R; r++) sum[t][r] += a[r] * load(x, t * n + i, 0);                                    \
+                for (int r = 0; r < R; r++) sum[t][r] = plus(sum[t][r], a[r], load(x, t * n + i, 0));                      \
         }                                                                                                                 \
         for (int k = 0; k < R * T; k++) lanes[k] = sum[k / R][k % R];                                                     \
         totals(lanes, R * T, all);                                                                                        \

@@ -416,6 +416,14 @@ static void tile44_other(const void *w, long at, int half, const float *x, long 
 """
 
 
+def test_products_are_rounded_once_wherever_the_compiler_would_not(monkeypatch):
+    """As GCC does by itself for some processors: no fused multiplication and addition in a loop with a single sum."""
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "--param=avoid-fma-max-bits=512"))
+    monkeypatch.setattr(fused, "_SOURCE", fused._SOURCE.read_text() + "/* rounded */")
+    for dtype in (torch.float32, torch.bfloat16):
+        a_block_is_its_tokens_one_by_one(dtype=dtype, d_model=72, d_ff=75, head_dim=18)
+
+
 def test_without_openmp_one_thread_does_it_all(monkeypatch):
     monkeypatch.setattr(native, "FLAGS", native.FLAGS[:-1])
     monkeypatch.setattr(fused, "_SOURCE", fused._SOURCE.read_text() + "/* alone */")
