@@ -27,12 +27,14 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 def expected_passes(chances: Sequence[float], gamma: int) -> float:
     """Passes that write a text of which token i, had it been proposed, would have been accepted with chances[i], which is
-    min(1, q / p) at that token. The text being given, these coins are independent, however hard its places are."""
-    n = len(chances)
-    passes = [0.0] * (n + 1)  # from each place on
+    min(1, q / p) at that token. The text being given, these coins are independent, however hard its places are: the coupling
+    of Leviathan et al. (2022, algorithm 1), read by what comes out. Raises ValueError for chances outside 0 to 1."""
+    require_int("gamma", gamma, 0, hint="it is how many tokens are proposed at a time")
+    for chance in chances:
+        require_float("chances", chance, 0.0, 1.0, hint="each is the chance that a token is accepted")
+    n, passes = len(chances), [0.0] * (len(chances) + 1)  # from each place on
     for i in reversed(range(n)):
-        reach, last = 1.0, min(i + gamma, n - 1)
-        passes[i] = 1.0
+        reach, last, passes[i] = 1.0, min(i + gamma, n - 1), 1.0
         for j in range(i, last):  # token j is the first to be replaced
             passes[i] += reach * (1 - chances[j]) * passes[j + 1]
             reach *= chances[j]

@@ -251,8 +251,7 @@ def cells() -> Cells:
     found: dict[str, Callable[[], dict]] = {"gpt-small: serving": serving}
     found["gpt-target: batches"] = partial(batches, "gpt-target", brought()["gpt-draft-distilled, 2 in a line"])
     for model in MODELS:
-        if len(model.split()) == 1:
-            found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (FLOAT, HALF)}
+        found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (FLOAT, HALF) if model == model.split()[0]}
         found |= {f"{model}: {name}": partial(cell, model, draft) for name, draft in drafts(model).items()}
     return found
 

@@ -1,16 +1,17 @@
 """Races of chapter 07: greedy texts of one prompt, each group a ratio to read within one run: `effkit bench`.
 Never in a timed test."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from effkit import zoo
-from effkit.caching import Fused, Preallocated, Recompute
 from effkit.core.paths import data_dir
+from effkit.studies.decoding import CACHES, NEW, PROMPT, THEIRS, by_transformers
 
 MODELS = [name for name in ("gpt-small", "gpt-target", "smollm2") if name == "smollm2" or (data_dir() / f"{name}.safetensors").exists()]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROMPT, NEW = 64, 64
 
 
 @pytest.fixture(autouse=True)
@@ -37,34 +38,16 @@ def loaded(name: str, dtype: str):
     return _loaded[name, dtype]
 
 
-def theirs(model, ids, **settings):
-    """transformers' own greedy generation of the same weights."""
-    pytest.importorskip("transformers")
-    hf = model.to_hf().eval()
-    if settings.pop("compiled", False):
-        hf.forward = torch.compile(hf.forward)
-    common = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None) | settings
-    return lambda: hf.generate(ids, attention_mask=torch.ones_like(ids), **common)
-
-
-OURS = {"recomputed": Recompute(), "concatenated": None, "preallocated": Preallocated(), "fused": Fused()}
-THEIRS = {
-    "transformers": {},
-    "transformers, static cache": dict(cache_implementation="static"),
-    "transformers, static cache, compiled": dict(cache_implementation="static", compiled=True),
-}
-
-
-@pytest.mark.parametrize("kind", [*OURS, *THEIRS])
+@pytest.mark.parametrize("kind", [*CACHES, *(f"transformers, {how}" for how in THEIRS)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_64_tokens(benchmark, name, dtype, kind):
     benchmark.group = f"{name}, {dtype}, {NEW} tokens after {PROMPT}"
     model, ids = loaded(name, dtype)
-    if kind in OURS:
-        model = OURS[kind](model) if OURS[kind] else model
-        run = lambda: model.generate(ids, NEW, temperature=0.0)  # noqa: E731
+    if kind in CACHES:
+        run = partial(CACHES[kind](model).generate, ids, NEW, temperature=0.0)
     else:
-        run = theirs(model, ids, **THEIRS[kind])
+        pytest.importorskip("transformers")
+        run = by_transformers(model, [ids], **THEIRS[kind.removeprefix("transformers, ")])
     run()
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)

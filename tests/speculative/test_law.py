@@ -18,6 +18,12 @@ from tests.speculative.worlds import Table
 alphas, gammas, costs = st.floats(0, 1), st.integers(0, 12), st.floats(0, 2)
 
 
+@pytest.mark.parametrize("chances, gamma, match", [([0.5], -1, "gamma"), ([0.5, 1.5], 2, "chances"), ([float("nan")], 2, "chances")])
+def test_passes_of_what_is_no_chance_are_refused(chances, gamma, match):
+    with pytest.raises(ValueError, match=match):
+        law.expected_passes(chances, gamma)
+
+
 @given(alphas, gammas)
 def test_expected_tokens_is_the_closed_form(alpha, gamma):
     closed = gamma + 1 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
