@@ -110,6 +110,8 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
         for (; i + LANES <= n; i += LANES) {                                                                              \
             Vector a[R];                                                                                                  \
             for (int r = 0; r < R; r++) a[r] = load(w, at + r * n + i, half);                                             \
+            for (int r = 0; r < R; r++) /* what comes next but one: rows are too short for the processor to foresee */    \
+                __builtin_prefetch((const char *)w + (half ? 2 : 4) * (at + (r + 2 * R) * n + i));                        \
             for (int t = 0; t < T; t++)                                                                                   \
                 for (int r = 0; r < R; r++) sum[t][r] = plus(sum[t][r], a[r], load(x, t * n + i, 0));                      \
         }                                                                                                                 \
@@ -178,7 +180,7 @@ static inline float power(float x) {
     return p * two;
 }
 
-static void normalize(const float *x, const void *weight, int half, float eps, long n, long tokens, float *y) {
+void normalize(const float *x, const void *weight, int half, float eps, long n, long tokens, float *y) { /* y may be x */
     for (long t = 0; t < tokens; t++) {
         float squares;
         tile11(x, t * n, 0, x + t * n, n, &squares, 1, 0);

@@ -41,6 +41,7 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _P, _P],
     "blocks": [_L, *[_P] * 9, *[_L] * 6, _I, _I],
+    "normalize": [_P, _P, _I, _F, _L, _L, _P],
     "product": [_P, _P, *[_L] * 3, _I, _I, _P],
     "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _P],
 }
@@ -56,21 +57,27 @@ def kernels() -> ctypes.CDLL | None:
 
 
 class Plan:
-    """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good."""
+    """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good.
 
-    def __init__(self, blocks: list[nn.Module], weights: list[list[Tensor]], eps: list[float]):
-        self.blocks, self.source, self.eps = blocks, [t for block in weights for t in block], eps
+    norm   the last one's weight, or None where that has to be called
+    """
+
+    def __init__(self, blocks: list[nn.Module], weights: list[list[Tensor]], norm: Tensor | None, eps: list[float]):
+        self.blocks, self.eps = blocks, eps
+        self.source = [t for block in (*weights, [] if norm is None else [norm]) for t in block]
+        self.at, self.norm = pointers(*self.source), None if norm is None else norm.detach()
         self.weights = [[t.detach() for t in block] for block in weights]  # their storage; a cast gives a parameter another
         self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
-        flat = self.source
-        self.arrays = ((_P * len(flat))(*pointers(*flat)), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
+        self.arrays = ((_P * len(self.at))(*self.at), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
                        (_F * len(eps))(*eps))  # fmt: skip
+        self.held: list[Tensor] = []  # the cache's buffers, once it has them, and where they lie
+        self.kept: Any = None
 
     def good(self, model: nn.Module) -> bool:
         """Whether these are the model's blocks, and their weights still lie where they lay."""
         now = list(model.blocks)  # type: ignore[arg-type]
         same = len(now) == len(self.blocks) and all(map(operator.is_, now, self.blocks))
-        return same and pointers(*self.source) == list(self.arrays[0])
+        return same and pointers(*self.source) == self.at
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype, width: int, d: int) -> "Plan | None":
@@ -79,7 +86,10 @@ class Plan:
         held = [weights(block, dtype, width, d) for block in blocks]
         if not all(held):
             return None
-        return cls(blocks, held, [norm.eps for block in blocks for norm in (block.attention_norm, block.ff_norm)])  # type: ignore[arg-type]
+        last: Any = model.norm
+        fits = type(last) is nn.RMSNorm and untouched(last) and last.eps is not None and last.weight.shape == (width,) and last.weight.dtype == dtype
+        norms = [norm for block in blocks for norm in (block.attention_norm, block.ff_norm)] + [last] * fits
+        return cls(blocks, held, last.weight if fits else None, [norm.eps for norm in norms])  # type: ignore[arg-type]
 
     def room(self, texts: int, n: int, width: int, length: int, d: int) -> int:
         """Floats that a pass needs beside its stream."""
@@ -95,18 +105,26 @@ class FusedCache(PreallocatedCache):
 
     def run(self, library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n width"], dtype: torch.dtype) -> None:
         """All blocks, in place on the residual stream; what is kept has the dtype."""
-        (texts, n, width), d, count = stream.shape, self.rope.head_dim, len(plan.sizes)
-        held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
-        if any(buffer.dtype != dtype for buffer in held):
-            raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
-        kept = (_P * (2 * count))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
+        (texts, n, width), d = stream.shape, self.rope.head_dim
+        self.find(plan, stream, dtype)
         cosine, sine = (t.float() for t in self.tables)
         mask = None if self.mask is None else self.mask.contiguous()
         room = stream.new_empty(plan.room(texts, n, width, self.length, d))
         library.blocks(
-            count, *plan.arrays, kept, *pointers(cosine, sine, mask, stream, room), texts, n, self.length - n,
-            held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
+            len(plan.sizes), *plan.arrays, plan.kept, *pointers(cosine, sine, mask, stream, room), texts, n, self.length - n,
+            plan.held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
+
+    def find(self, plan: Plan, stream: Float[Tensor, "b n width"], dtype: torch.dtype) -> None:
+        """Tells the plan where the buffers lie; they are made where they must be, and mostly they are those of the last pass."""
+        texts, d = len(stream), self.rope.head_dim
+        same = len(plan.held) == len(self.buffers) and all(map(operator.is_, plan.held, self.buffers))
+        if same and plan.held and plan.held[0].shape[1] == texts and self.length <= self.capacity:
+            return
+        held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
+        if any(buffer.dtype != dtype for buffer in held):
+            raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
+        plan.held, plan.kept = held, (_P * (2 * len(held)))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
 
 
 def scratch(tokens: int, width: int, hidden: int) -> int:
@@ -170,6 +188,9 @@ class Fusing(InOrder):
             return super().forward(model, x, cache)
         stream = x.to(torch.float32, copy=True).contiguous()
         through(library, plan, stream, x.dtype, cache)
+        if plan.norm is None:
+            return model.norm(stream.to(x.dtype))  # type: ignore[operator]
+        library.normalize(*pointers(stream, plan.norm), x.dtype == torch.bfloat16, plan.eps[-1], x.shape[2], x.shape[0] * x.shape[1], *pointers(stream))
         return stream.to(x.dtype)
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n vocab"]:
@@ -186,8 +207,8 @@ class Fusing(InOrder):
 
 
 def untouched(layer: Any) -> bool:
-    """Whether a call of the layer is its weights' product and nothing else."""
-    kind = type(layer) in (nn.Linear, nn.Embedding) and getattr(layer, "bias", None) is None
+    """Whether a call of the layer does what its kind does with its weight, and nothing else."""
+    kind = type(layer) in (nn.Linear, nn.Embedding, nn.RMSNorm) and getattr(layer, "bias", None) is None
     return kind and readable(layer.weight) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
@@ -196,7 +217,7 @@ _plans: WeakKeyDictionary[Cache, dict[torch.dtype, Plan | None]] = WeakKeyDictio
 
 def planned(model: nn.Module, x: Float[Tensor, "b n d"], cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
-    kernels. Whoever hangs a hook into a model, or replaces a layer of a block, in the middle of a text begins it anew."""
+    kernels. Whoever hangs a hook into a model, or replaces its last norm or a layer of a block, in the middle of a text begins it anew."""
     known = _plans.setdefault(cache, {})
     plan = known.get(x.dtype)
     if x.dtype not in known or (plan and not plan.good(model)):

@@ -37,6 +37,15 @@ class PreallocatedCache(Cache):
         require_int("capacity", capacity, 1, hint="as many tokens as the text will have; it grows where they are more")
         self.capacity = capacity
         self.buffers: list[Float[Tensor, "2 b g capacity d"]] = []
+        self.turns: tuple[Tensor, Tensor] | None = None
+
+    def angles(self, dtype):
+        """Those of all positions that there is room for are computed once."""
+        ends = self.length + self.positions.shape[-1]
+        if self.turns is None or len(self.turns[0]) < ends or self.turns[0].dtype != dtype:
+            every = torch.arange(max(self.capacity, ends), device=self.positions.device)
+            self.turns = self.rope.tables(every, dtype)
+        return self.turns[0][self.positions], self.turns[1][self.positions]
 
     def attend(
         self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]

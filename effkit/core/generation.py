@@ -68,11 +68,15 @@ class Cache:
         start = self.length if self.lengths is None else self.lengths.to(device)[:, None]
         self.ancestors = ancestors = None if parents is None else ancestry(parents.to(device))
         self.positions = start + (torch.arange(n, device=device) if ancestors is None else ancestors.sum(1) - 1)
-        self.tables = self.rope.tables(self.positions, dtype)
+        self.tables = self.angles(dtype)
         self.mask = visible(self.positions, self.length, ancestors)
         self.fed, self.length = n, self.length + n
         self.lengths = None if self.lengths is None else self.lengths + n
         return self.positions
+
+    def angles(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rotary tables of the new tokens."""
+        return self.rope.tables(self.positions, dtype)
 
     def attend(
         self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]
@@ -230,9 +234,7 @@ class Sampler:
         return probabilities if self.top_p is None else nucleus(probabilities, self.top_p)
 
     def draw(self, logits: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
-        if self.temperature == 0:
-            return checked(logits).argmax(-1)
-        return sample(self.probabilities(logits), rng)
+        return checked(logits).argmax(-1) if self.temperature == 0 else sample(self.probabilities(logits), rng)
 
 
 def checked(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:

@@ -57,6 +57,7 @@ class EagleHead(nn.Module):
         self.config = c = GPTConfig(**numbers | {"layers": 1})
         self.fuse = nn.Linear(2 * c.d_model, c.d_model, bias=False)
         self.blocks = nn.ModuleList([Block(c)])
+        self.norm = nn.Identity()  # the states that it predicts are normalized
         self.rope = Rope(c.head_dim, c.rope_theta)
         self.tokens: Int[Tensor, " frequent"] | None
         self.register_buffer("tokens", torch.zeros(frequent, dtype=torch.long) if frequent else None)

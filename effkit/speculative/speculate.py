@@ -84,7 +84,7 @@ def speculate(
         if isinstance(gamma, Adaptive):
             gamma.observe(step)
         yield step
-        if torch.isin(ids[0, -1], stops):
+        if len(stops) and torch.isin(ids[0, -1], stops):
             return
 
 
@@ -115,8 +115,8 @@ def forget(cache: Cache, trunk: int, branch: list[int], proposal: Proposal) -> I
 
 def upto_stop(tokens: Int[Tensor, " m"], stops: Int[Tensor, " s"]) -> Int[Tensor, " k"]:
     """The tokens up to the first stop token, with it; a block may run beyond the end of a text."""
-    found = torch.isin(tokens, stops).nonzero()
-    return tokens[: int(found[0]) + 1] if len(found) else tokens
+    found = torch.isin(tokens, stops) if len(stops) else stops
+    return tokens[: int(found.int().argmax()) + 1] if found.any() else tokens
 
 
 class DraftModel(Proposer):

@@ -101,15 +101,16 @@ def children(parents: Int[Tensor, " g"]) -> list[list[int]]:
     return below
 
 
-def follow(proposal: Proposal, choices: Int[Tensor, " g+1"]) -> tuple[list[int], Int[Tensor, ""]]:
-    """The same for greedy decoding: as far as the proposals are the target's own choices."""
+def follow(proposal: Proposal, choices: Int[Tensor, " g+1"]) -> tuple[list[int], Int[Tensor, " m"]]:
+    """For greedy decoding the proposals that are the target's own choices, as far as they go, and all new tokens."""
+    tokens, wanted, branch = proposal.tokens.tolist(), choices.tolist(), [-1]
     if proposal.parents is None:
-        n = int((proposal.tokens == choices[:-1]).long().cumprod(0).sum())
-        return list(range(n)), choices[n]
-    tokens, wanted, below, branch = proposal.tokens.tolist(), choices.tolist(), children(proposal.parents), [-1]
+        n = next((i for i, token in enumerate(tokens) if token != wanted[i]), len(tokens))
+        return list(range(n)), choices[: n + 1]
+    below = children(proposal.parents)
     while right := [child for child in below[branch[-1] + 1] if tokens[child] == wanted[branch[-1] + 1]]:
         branch.append(right[0])
-    return branch[1:], choices[branch[-1] + 1]
+    return branch[1:], choices[[place + 1 for place in branch]]
 
 
 def judge(
@@ -117,12 +118,11 @@ def judge(
 ) -> tuple[list[int], Int[Tensor, " m"]]:
     """Which proposals stay, by their places, and the new tokens: these and one more."""
     if sampler.temperature == 0:
-        branch, last = follow(proposal, checked(logits).argmax(-1))
-    elif proposal.parents is not None:
-        branch, last = verify_tree(proposal, sampler.probabilities(logits), rng)
-    else:
-        p = sampler.probabilities(logits)
-        q = F.one_hot(proposal.tokens, p.shape[-1]).to(p.dtype) if proposal.q is None else proposal.q
-        new = verify(proposal.tokens, p, q, rng)
-        return list(range(len(new) - 1)), new
-    return branch, torch.cat((proposal.tokens[branch], last[None]))
+        return follow(proposal, checked(logits).argmax(-1))
+    p = sampler.probabilities(logits)
+    if proposal.parents is not None:
+        branch, last = verify_tree(proposal, p, rng)
+        return branch, torch.cat((proposal.tokens[branch], last[None]))
+    q = F.one_hot(proposal.tokens, p.shape[-1]).to(p.dtype) if proposal.q is None else proposal.q
+    new = verify(proposal.tokens, p, q, rng)
+    return list(range(len(new) - 1)), new

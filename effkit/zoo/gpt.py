@@ -87,17 +87,16 @@ class Block(nn.Module):
 
 @stored
 class InOrder(nn.Module):
-    """As a decoder's `running`: one block after another, and the output layer."""
+    """As a decoder's `running`: one block after another, the last norm, and the output layer."""
 
     def forward(self, model: nn.Module, x: Float[Tensor, "b n d_model"], cache: Cache) -> Float[Tensor, "b n d_model"]:
         for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]
             x = block(x, cache, layer)
-        return x
+        return model.norm(x)  # type: ignore[operator]
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d_model"]) -> Float[Tensor, "b n vocab"]:
-        if model.head is None:
-            return F.linear(features, dense_weight(model.embedding))
-        return model.head(features)  # type: ignore[operator]
+        tied = model.head is None
+        return F.linear(features, dense_weight(model.embedding)) if tied else model.head(features)  # type: ignore[arg-type, operator]
 
 
 @stored
@@ -140,7 +139,7 @@ class GPT(nn.Module):
             raise ValueError("this cache was made by another model; make one with new_cache of the model that reads it")
         x = self.embedding(ids)
         cache.advance(ids.shape[1], parents, device=ids.device, dtype=x.dtype)
-        return self.norm(self.running(self, x, cache))
+        return self.running(self, x, cache)
 
     def logits(self, features: Float[Tensor, "b n d_model"]) -> Float[Tensor, "b n vocab"]:
         return self.running.logits(self, features)

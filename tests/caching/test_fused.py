@@ -179,6 +179,63 @@ def test_anything_else_runs_in_order(kind, calls):
     assert not calls
 
 
+LAST = {
+    "a hook": lambda norm: norm.register_forward_hook(lambda module, args, out: out * 2),
+    "no weight": lambda norm: norm.register_parameter("weight", None),
+    "no epsilon": lambda norm: setattr(norm, "eps", None),
+    "its own weight": lambda norm: nn.init.uniform_(norm.weight, 0.5, 2.0),
+    "a large epsilon": lambda norm: setattr(norm, "eps", 1.0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAST)
+def test_the_last_norm_is_the_model_s_own(kind, dtype, calls):
+    """In the kernels, or called; the blocks go through the kernels either way, over their own cache and any other."""
+    model, ids = decoder(dtype=dtype, sharpness=4.0), text(5)
+    LAST[kind](model.norm)
+    wanted = chunked(model, model.new_cache(capacity=5), ids, [3, 1])
+    for cache in (FusedCache(model.rope, 5), ConcatCache(model.rope)):
+        quick = Fused()(model)
+        cache.rope = quick.rope
+        assert close(chunked(quick, cache, ids, [3, 1]), wanted)
+    assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_a_last_norm_of_a_wrong_shape_is_an_error():
+    model = decoder(dtype=torch.float32)
+    model.norm.weight = nn.Parameter(model.norm.weight[:-1].clone())
+    refused_as_by_the_blocks(model, text(2))
+
+
+@torch.no_grad()
+def test_buffers_are_found_anew_where_others_have_moved_them():
+    """Texts in turns, a cache that grows, is taken back, and grows by operators in between: nothing is read where it no longer lies."""
+    model, lines = Fused()(decoder(dtype=torch.float32)), [text(40, seed=seed) for seed in (1, 2)]
+    wanted = [chunked(model, model.new_cache(capacity=40), ids, [1] * 40) for ids in lines]
+    caches, made = [model.new_cache(capacity=3) for _ in lines], [[], []]
+    for at in range(0, 40, 2):
+        for ids, cache, seen in zip(lines, caches, made, strict=True):
+            with torch.set_grad_enabled(at % 8 == 6):  # then they run in order
+                model(text(1, seed=at), cache)
+                cache.truncate(at)
+                seen.append(model(ids[:, at : at + 2], cache).detach())
+    assert all(close(torch.cat(seen, 1), right) for seen, right in zip(made, wanted, strict=True))
+
+
+@torch.no_grad()
+def test_weights_that_are_given_another_storage_in_the_middle_of_a_text_are_read():
+    model, ids, made = decoder(dtype=torch.float32), text(6), []
+    for m in (Preallocated()(model), Fused()(model)):
+        cache = m.new_cache(capacity=6)
+        m(ids[:, :4], cache)
+        m.norm.weight.data = m.norm.weight.data * 3
+        made.append(m(ids[:, 4:], cache))
+    assert close(*made)
+
+
 def test_gradients_and_many_tokens_run_in_order(calls):
     model = Fused()(decoder(dtype=torch.float32))
     model(text(5)).sum().backward()
@@ -379,6 +436,7 @@ BUGS = {
     "a tail forgotten": ("rest += all[t * R + r]", "rest = all[t * R + r]"),
     "the last row forgotten": ("rows1(w, r, half, x, n, tokens, y + r, wide, add);", ";"),
     "epsilon forgotten": ("squares / n + eps", "squares / n"),
+    "the norm's weight forgotten": ("scale * number(weight, i, half)", "scale"),
 }
 
 

@@ -170,7 +170,13 @@ def test_children_and_without_by_hand():
     alone = torch.tensor([1.0, 0.0])
     assert torch.equal(without(alone, 0), alone)
     line = Proposal(torch.tensor([3, 4]))
-    assert follow(line, torch.tensor([3, 5, 6]))[0] == [0] and int(follow(line, torch.tensor([3, 5, 6]))[1]) == 5
+    for choices, branch, new in (([3, 5, 6], [0], [3, 5]), ([3, 4, 6], [0, 1], [3, 4, 6]), ([0, 4, 6], [], [0])):
+        found, tokens = follow(line, torch.tensor(choices))
+        assert found == branch and tokens.tolist() == new
+    tree = Proposal(torch.tensor([3, 4, 5, 5]), parents=torch.tensor([-1, -1, 0, 1]))
+    for choices, branch, new in (([4, 0, 5, 0, 7], [1, 3], [4, 5, 7]), ([4, 5, 3, 6, 7], [1], [4, 3]), ([6, 4, 5, 0, 0], [], [6])):
+        found, tokens = follow(tree, torch.tensor(choices))
+        assert found == branch and tokens.tolist() == new
 
 
 def test_a_cache_that_keeps_no_branch_refuses():
