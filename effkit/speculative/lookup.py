@@ -67,7 +67,7 @@ class PromptLookup(Technique):
     gamma   tokens that are proposed at a time;  ngram   the longest match that is looked for
     """
 
-    gamma: int = 8
+    gamma: int = 4
     ngram: int = 3
 
     needs = frozenset({DECODER})

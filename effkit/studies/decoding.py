@@ -2,11 +2,13 @@
 
 Drafts    A cell is one model and one draft. For each kind of text and temperature it holds tokens a pass, how many proposals
           were accepted, and the seconds of the same texts with the draft and without, in turns, both by the fused kernels
-          of chapter 07. Where transformers knows the draft, too, it continues the same prompts greedily in the same turns,
-          with its own cache and settings. How many greedy texts part from ours is counted.
+          of chapter 07, and of reading the prompts, which is in both. Where transformers knows the draft, too, it
+          continues the same prompts greedily in the same turns, with its own cache and settings. How many greedy texts
+          part from ours is counted.
           Of a draft model, the tokens a pass are also foretold: from sum min(p, q) by the law, and place by place, on
           texts that the target wrote alone.
-Texts     Held-out ones continued, and code edited: a held-out function, and the head of its copy under another name.
+Texts     Held-out ones continued, and code edited: a held-out function and, as an example, the same under another name,
+          then another function, and the head of its copy.
 Caches    A cell is one model in one precision: greedy texts by every cache and by transformers with each of its own.
 Batches   Several texts at once, with the best draft and without.
 Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy.
@@ -16,7 +18,7 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
+from itertools import islice, product
 from statistics import median
 from typing import Any
 
@@ -74,7 +76,7 @@ def drafts(model: str) -> dict[str, Technique]:
     """In words -> the technique. Where the target is large, those that would take hours are left out: drafts without a kernel,
     and a search on long texts; `effkit study eagle` trains for that one."""
     found: dict[str, Technique] = {
-        "prompt lookup": PromptLookup(), "Jacobi": Jacobi(), "lookahead": Lookahead(),
+        "prompt lookup": PromptLookup(), "prompt lookup, 8 at a time": PromptLookup(gamma=8), "Jacobi": Jacobi(), "lookahead": Lookahead(),
         "half of the blocks": Speculative(EarlyExit(0.5)),
         "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
         "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)),
@@ -119,18 +121,19 @@ def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
     """What so many texts of this kind begin with."""
     if kind == "held out":
         return [loaded(name)[1].val.at(i)[0][:1, :PROMPT] for i in range(some)]  # type: ignore[union-attr]
-    coder, first = zoo.tokenizer(name.split()[0]), (part for text in stdlib_text("val") for part in functions(text)[:1])
-    return [torch.tensor([coder.encode(next(first), add_special_tokens=False).ids]) for _ in range(some)]
+    coder, every = zoo.tokenizer(name.split()[0]), filter(None, map(edit, stdlib_text("val")))
+    return [torch.tensor([coder.encode(text, add_special_tokens=False).ids]) for text in islice(every, some)]
 
 
-def functions(text: str) -> list[str]:
-    """Functions of a module, 8 to 10 lines long, each with the head of its copy under another name."""
-    found = []
+def edit(text: str) -> str | None:
+    """Of a module's first two functions of 5 to 10 lines: one, the same under another name, the other, and the head of its copy.
+    None where there are no two."""
+    lines, found = text.splitlines(), list[tuple[str, ...]]()
     for node in ast.parse(text).body:
-        lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list and 8 <= len(lines) <= 10:
-            found.append("\n".join((*lines, "", "", lines[0].replace(node.name, f"{node.name}_2", 1), "")))
-    return found
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and 5 <= node.end_lineno - node.lineno + 1 <= 10:  # type: ignore[operator]
+            head, *rest = lines[node.lineno - 1 : node.end_lineno]
+            found += [(head, *rest), (head.replace(node.name, f"{node.name}_2", 1), *rest)]
+    return "\n\n\n".join("\n".join(part) for part in (*found[:3], found[3][:1])) + "\n" if len(found) > 3 else None
 
 
 def raced(
@@ -141,12 +144,13 @@ def raced(
     write = lambda decode, model: [list(decode(model, ids, new, sampler=sampler, rng=torch.Generator().manual_seed(i))) for i, ids in enumerate(begun)]  # noqa: E731
     found = statistics(step for steps in write(drafting.decoding.passes, drafting) for step in steps)
     runs: dict[str, Callable] = {"plain": partial(write, plain.decoding, plain), "drafting": partial(write, drafting.decoding, drafting), **peers}
+    reading = {"reading": lambda: [plain.generate(ids, 0) for ids in begun]}
     counted = {"tokens a pass": found.tokens_per_pass, "acceptance": found.acceptance, "proposed a pass": found.proposed / found.passes}
     if temperature == 0:
         ours = runs["plain"]()
         other = lambda run: sum(not torch.equal(a[0], b[0]) for a, b in zip(ours, run(), strict=True))  # noqa: E731
         counted["texts that part"] = {name: other(run) for name, run in runs.items() if name != "plain"}
-    return counted | {"seconds": timed(runs, rounds)}
+    return counted | {"seconds": timed(runs | reading, rounds)}
 
 
 def timed(runs: Mapping[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -173,9 +177,12 @@ def foretold(target: Any, drafting: Any, begun: Sequence[Tensor], sampler: Sampl
             "tokens a pass": ran, "standard error": ran * error}  # fmt: skip
 
 
-def ratio(cell: dict, slow: str = "plain", quick: str = "drafting") -> tuple[float, float, float]:
-    """Seconds over seconds, round by round: the median and its interval at 95 %."""
-    ratios = [one / other for one, other in zip(cell["seconds"][slow], cell["seconds"][quick], strict=True)]
+def ratio(cell: dict, slow: str = "plain", quick: str = "drafting", *, less: str | None = None) -> tuple[float, float, float]:
+    """Seconds over seconds, round by round: the median and its interval at 95 %.
+    less="reading": those of writing alone, both without what reading the prompts takes."""
+    seconds = cell["seconds"]
+    taken = seconds[less] if less else [0.0] * len(seconds[slow])
+    ratios = [(one - part) / (other - part) for one, other, part in zip(seconds[slow], seconds[quick], taken, strict=True)]
     return (median(ratios), *median_interval(ratios))
 
 

@@ -54,7 +54,7 @@ def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tm
         for case, found in cell.items():
             assert set(found.get("texts that part", {"drafting": 0}).values()) == {0}
             known = case.endswith("0.0") and "tree" not in name
-            assert set(found["seconds"]) == {"plain", "drafting"} | ({"theirs plain", "theirs drafting"} if known else set())
+            assert set(found["seconds"]) == {"plain", "drafting", "reading"} | ({"theirs plain", "theirs drafting"} if known else set())
             assert found["tokens a pass"] >= 1 and {len(each) for each in found["seconds"].values()} == {6}
             middle, low, high = study.ratio(found)
             assert 0 < low <= middle <= high
@@ -89,6 +89,8 @@ def test_transformers_writes_the_same_texts(small):
 
 def test_a_ratio_is_that_of_each_round():
     cell = {"seconds": {"plain": [1.0, 2.0, 3.0, 4.0, 5.0, 8.0], "drafting": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]}}
+    apart = {"seconds": {"plain": [3.0] * 6, "drafting": [2.0] * 6, "reading": [1.0] * 6}}
+    assert study.ratio(apart) == (1.5, 1.5, 1.5) and study.ratio(apart, less="reading") == (2.0, 2.0, 2.0)
     assert study.ratio(cell) == (3.5, 1.0, 8.0) and study.ratio(cell, "drafting", "plain")[0] == pytest.approx((1 / 3 + 1 / 4) / 2)
 
 
@@ -116,12 +118,21 @@ def walk(tree, walk_on):
     for node in tree:
         walk_on(node)
     return tree
+
+
+def last(tree):
+    found = None
+    for node in tree:
+        found = node
+    return found
 '''
 
 
-def test_the_head_of_the_copy_stands_behind_the_function():
-    (found,) = study.functions(MODULE)
-    assert found.startswith("def walk(tree, walk_on):\n") and found.endswith("    return tree\n\n\ndef walk_2(tree, walk_on):\n")
+def test_the_head_of_the_copy_stands_behind_an_example_and_the_function():
+    one, two = (MODULE[MODULE.index(f"def {name}") :].strip() for name in ("walk", "last"))
+    one = one[: one.index("\n\n\n")]
+    assert study.edit(MODULE) == "\n\n\n".join((one, one.replace("def walk(", "def walk_2("), two, "def last_2(tree):\n"))
+    assert study.edit(MODULE[: MODULE.index("def last")]) is None
 
 
 @pytest.mark.slow
@@ -133,7 +144,7 @@ def test_texts_are_held_out_and_short_enough():
         assert all(1 <= ids.shape[1] <= model.context - study.NEW for ids in begun)
     text = "\n".join(zoo.tokenizer("gpt-small").decode(ids[0].tolist()) for ids in study.prompts("gpt-small", "edits", 4))
     heads = [line for line in text.splitlines() if line.startswith("def ")]
-    assert len(heads) == 8 and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
+    assert len(heads) == 16 and [head.split("(")[0] + "_2" for head in heads[::2]] == [head.split("(")[0] for head in heads[1::2]]
 
 
 def test_transformers_is_asked_only_where_it_knows_the_draft(small):
