@@ -12,8 +12,7 @@ Heads     Query heads that share a key-value head throw away together: their att
 What came Bits a token more where each sees 64 of up to 1,022 before it (`effkit study caching`). SmolLM2-135M: sliding window
           1.79, with one sink .43, H2O .65, by the mean .28. gpt-small, which has no sinks: sliding .48, H2O .73, by the mean
           .54. Attention is not all: by the mean H2O keeps more of it than a sliding window on gpt-small, and still loses
-          more. SnapKV behind a prompt of 768 of which 64 stay: .25 on either, without smoothing .23 and .29. In its place on
-          SmolLM2-135M (2 other windows): .33, chance 1.36, the newest 1.35, but the newest and the first four .31.
+          more. SnapKV behind a prompt of 768 of which 64 stay: .25 on either, without smoothing .23 and .29.
 Limit     H2O goes token by token once its budget is full. SnapKV takes the first pass for the prompt, so a prompt that is cut
           in two is compressed otherwise, and so is one of a single token behind which more is proposed than the budget.
 Left out  Budgets that differ between layers or heads (PyramidKV, Ada-KV); merging instead of throwing away.
