@@ -180,7 +180,7 @@ static inline float power(float x) {
     return p * two;
 }
 
-void normalize(const float *x, const void *weight, int half, float eps, long n, long tokens, float *y) { /* y may be x */
+static void normalize(const float *x, const void *weight, int half, float eps, long n, long tokens, float *y) { /* y may be x */
     for (long t = 0; t < tokens; t++) {
         float squares;
         tile11(x, t * n, 0, x + t * n, n, &squares, 1, 0);
@@ -188,6 +188,8 @@ void normalize(const float *x, const void *weight, int half, float eps, long n, 
         for (long i = 0; i < n; i++) y[t * n + i] = x[t * n + i] * scale * number(weight, i, half);
     }
 }
+
+void last_norm(float *x, const void *weight, int half, float eps, long n, long tokens) { normalize(x, weight, half, eps, n, tokens, x); }
 
 /* What follows with _in is called by every thread of a region, each doing its share; who reads what others wrote waits before.
  * What is cheap, such as a norm, each does for itself: `scratch` begins with tokens * n floats a thread. */

@@ -6,7 +6,7 @@ Idea      One kernel from the residual stream to queries, keys and values, one f
           there back to the residual stream (decoder.c). A row of weights is read once and meets all tokens.
 Exact     A number is summed in the same order however many tokens pass, so that a block of tokens gives bit for bit what
           one by one gives, and greedy speculation is identical in bfloat16, too: for one text of its own cache and at
-          most 63 proposals a pass, for what is longer goes another way. Between blocks, the stream is float32.
+          most 63 proposals a pass, for what is longer goes another way. Up to the last norm, the stream is float32.
 Limit     Few tokens: from some 64 on, a library's products are better. Layers that are no plain nn.Linear, hooks, those
           who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
@@ -41,7 +41,7 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _P, _P],
     "blocks": [_L, *[_P] * 9, *[_L] * 6, _I, _I],
-    "normalize": [_P, _P, _I, _F, _L, _L, _P],
+    "last_norm": [_P, _P, _I, _F, _L, _L],
     "product": [_P, _P, *[_L] * 3, _I, _I, _P],
     "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _P],
 }
@@ -62,8 +62,8 @@ class Plan:
     norm   the last one's weight, or None where that has to be called
     """
 
-    def __init__(self, blocks: list[nn.Module], weights: list[list[Tensor]], norm: Tensor | None, eps: list[float]):
-        self.blocks, self.eps = blocks, eps
+    def __init__(self, parts: list[Any], weights: list[list[Tensor]], norm: Tensor | None, eps: list[float]):
+        self.parts, self.eps = parts, eps
         self.source = [t for block in (*weights, [] if norm is None else [norm]) for t in block]
         self.at, self.norm = pointers(*self.source), None if norm is None else norm.detach()
         self.weights = [[t.detach() for t in block] for block in weights]  # their storage; a cast gives a parameter another
@@ -74,9 +74,9 @@ class Plan:
         self.kept: Any = None
 
     def good(self, model: nn.Module) -> bool:
-        """Whether these are the model's blocks, and their weights still lie where they lay."""
-        now = list(model.blocks)  # type: ignore[arg-type]
-        same = len(now) == len(self.blocks) and all(map(operator.is_, now, self.blocks))
+        """Whether these are the model's parts, and their weights still lie where they lay."""
+        now = parts(model)
+        same = len(now) == len(self.parts) and all(map(operator.is_, now, self.parts))
         return same and pointers(*self.source) == self.at
 
     @classmethod
@@ -89,7 +89,7 @@ class Plan:
         last: Any = model.norm
         fits = type(last) is nn.RMSNorm and untouched(last) and last.eps is not None and last.weight.shape == (width,) and last.weight.dtype == dtype
         norms = [norm for block in blocks for norm in (block.attention_norm, block.ff_norm)] + [last] * fits
-        return cls(blocks, held, last.weight if fits else None, [norm.eps for norm in norms])  # type: ignore[arg-type]
+        return cls(parts(model), held, last.weight if fits else None, [norm.eps for norm in norms])  # type: ignore[arg-type]
 
     def room(self, texts: int, n: int, width: int, length: int, d: int) -> int:
         """Floats that a pass needs beside its stream."""
@@ -98,6 +98,11 @@ class Plan:
             2 * tokens * (queries + keys) + max(scratch(tokens, width, hidden), texts * (queries // d) * 4 * (length + d))
             for queries, keys, hidden in self.sizes
         )
+
+
+def parts(model: Any) -> list[Any]:
+    """What makes a plan that of this model: its blocks, its last norm and that one's weight."""
+    return [*model.blocks, model.norm, getattr(model.norm, "weight", None)]
 
 
 class FusedCache(PreallocatedCache):
@@ -119,8 +124,9 @@ class FusedCache(PreallocatedCache):
         """Tells the plan where the buffers lie; they are made where they must be, and mostly they are those of the last pass."""
         texts, d = len(stream), self.rope.head_dim
         same = len(plan.held) == len(self.buffers) and all(map(operator.is_, plan.held, self.buffers))
-        if same and plan.held and plan.held[0].shape[1] == texts and self.length <= self.capacity:
+        if same and plan.held and plan.held[0].shape[1] == texts and self.length <= plan.held[0].shape[3]:
             return
+        plan.held = []  # so that what is outgrown goes as soon as it is copied
         held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
         if any(buffer.dtype != dtype for buffer in held):
             raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
@@ -190,7 +196,7 @@ class Fusing(InOrder):
         through(library, plan, stream, x.dtype, cache)
         if plan.norm is None:
             return model.norm(stream.to(x.dtype))  # type: ignore[operator]
-        library.normalize(*pointers(stream, plan.norm), x.dtype == torch.bfloat16, plan.eps[-1], x.shape[2], x.shape[0] * x.shape[1], *pointers(stream))
+        library.last_norm(*pointers(stream, plan.norm), x.dtype == torch.bfloat16, plan.eps[-1], x.shape[2], x.shape[0] * x.shape[1])
         return stream.to(x.dtype)
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n vocab"]:

@@ -6,7 +6,7 @@ Idea      Let several heads share the mean of their projections, and train for a
           than one of them, or than a new one. A single head left is multi-query attention (Shazeer 2019).
 Cost      The mean of heads that are not alike is like none of them: before training, the model is broken.
 What came Bits a token more than gpt-small with its 4 heads (`effkit study caching`): two heads 2.63, after 100 steps .38; one
-          head 4.57, and 1.01. The first of two heads in place of their mean was worse before the steps and after.
+          head 4.57, and 1.01.
 Left out  Choosing which heads go together: neighbours do, since a query head knows its key-value head by its place.
 Source    Ainslie et al. 2023, arXiv:2305.13245, section 2.1.
 """

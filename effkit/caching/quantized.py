@@ -7,8 +7,7 @@ Idea      The affine map of chapter 01. Keys have channels that are large at eve
           tokens are looked at most.
 Cost      bits + 16 / group bits a number, 8 / group more below 8 bits, where grids have zero points; every pass unpacks
           everything. Kernels multiply with the codes instead.
-Places    Keys are rounded after rotation, so that reading need not rotate. Before it, channels are steadier, but with zero on
-          every grid that brought nothing.
+Places    Keys are rounded after rotation, so that reading need not rotate. Before it, channels are steadier.
 What came More bits a token, every one predicted through the cache (`effkit study caching`, residual 32). gpt-small: int8 .01 %,
           int4 .19 %, int2 3.2 %, and with keys by token .00, .03 and 4.1; SmolLM2-135M: .00, .32, 7.8; by token .00, .32 and
           19. Of bfloat16's bytes, int8 with residual 1 takes .546 at 1,024 tokens, int4 .34, int2 .22 with residual 32.

@@ -45,6 +45,7 @@ class Cache:
     """What attention may look back on.
 
     advance(n, parents)         once a pass, by the model, before the layers; returns the positions of n new tokens
+    angles(dtype)               the rotary tables of these, by advance
     attend(layer, q, k, v)      once a layer; q, k not yet rotated; returns the attention's output
     truncate(n)                 forget everything from position n on; n may be one number a row
     keep(index)                 of the last pass's tokens only these stay: a branch of its tree

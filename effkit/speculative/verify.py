@@ -102,7 +102,7 @@ def children(parents: Int[Tensor, " g"]) -> list[list[int]]:
 
 
 def follow(proposal: Proposal, choices: Int[Tensor, " g+1"]) -> tuple[list[int], Int[Tensor, " m"]]:
-    """For greedy decoding the proposals that are the target's own choices, as far as they go, and all new tokens."""
+    """For greedy decoding: the proposals that are the target's own choices, as far as they go, and as tokens these and one more."""
     tokens, wanted, branch = proposal.tokens.tolist(), choices.tolist(), [-1]
     if proposal.parents is None:
         n = next((i for i, token in enumerate(tokens) if token != wanted[i]), len(tokens))

@@ -2,9 +2,9 @@
 
 Drafts    A cell is one model and one draft. For each kind of text and temperature it holds tokens a pass, how many proposals
           were accepted, and the seconds of the same texts with the draft and without, in turns, both by the fused kernels
-          of chapter 07, and of reading the prompts, which is in both. Where transformers knows the draft, too, it
-          continues the same prompts greedily in the same turns, with its own cache and settings. How many greedy texts
-          part from ours is counted.
+          of chapter 07, and of reading the prompts by the target, which is in both. Where transformers knows
+          the draft, too, it continues the same prompts greedily in the same turns, with its own cache and settings. How
+          many greedy texts part from ours is counted.
           Of a draft model, the tokens a pass are also foretold: from sum min(p, q) by the law, and place by place, on
           texts that the target wrote alone.
 Texts     Held-out ones continued, and code edited: a held-out function and, as an example, the same under another name,
@@ -18,7 +18,7 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import islice, product
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -58,7 +58,7 @@ from effkit.zoo.data import stdlib_text
 from effkit.zoo.use import Use
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-MODELS = {"gpt-target": FLOAT, "gpt-target in bfloat16": HALF, "smollm2": HALF, "gpt-small": FLOAT}
+MODELS = {"gpt-target": FLOAT, "gpt-target in bfloat16": HALF, "gpt-small": FLOAT, "smollm2": HALF}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
 TRIALS = {"smollm2": 2}  # texts of each kind; of the others 3
 PROMPT, NEW, ROUNDS = 64, 64, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
@@ -73,25 +73,31 @@ THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": 
 
 
 def drafts(model: str) -> dict[str, Technique]:
-    """In words -> the technique. Where the target is large, those that would take hours are left out: drafts without a kernel,
-    and a search on long texts; `effkit study eagle` trains for that one."""
-    found: dict[str, Technique] = {
-        "prompt lookup": PromptLookup(), "prompt lookup, 8 at a time": PromptLookup(gamma=8), "Jacobi": Jacobi(), "lookahead": Lookahead(),
-        "half of the blocks": Speculative(EarlyExit(0.5)),
-        "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
-        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)),
-    }  # fmt: skip
+    """In words -> the technique: all of them for gpt-target, for the others those that need no training: chapter 08 trains for
+    gpt-small, and `effkit study eagle` for SmolLM2, of which most is raced there."""
+    lookup: dict[str, Technique] = {"prompt lookup": PromptLookup()}
+    brief: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
+    if model == "smollm2":
+        return brief
     if model == "gpt-target in bfloat16":
-        return {"prompt lookup": PromptLookup()} | {name: draft for name, draft in brought().items() if "distilled, 2" in name or "distilled, 4" in name}
-    if model != "smollm2":
-        found |= {
-            "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
-            "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
-            "a copy without half of its weights": Speculative(Magnitude(0.5)),
-            "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
-            "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
-        }  # fmt: skip
-    return (brought() if model == "gpt-target" else {}) | found
+        return lookup | {name: draft for name, draft in brought().items() if "distilled, 2" in name or "distilled, 4" in name}
+    found = lookup | brief
+    found |= {
+        "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
+        "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
+        "half of the blocks": Speculative(EarlyExit(0.5)), "Jacobi": Jacobi(), "lookahead": Lookahead(),
+    }  # fmt: skip
+    return found | (brought() | made() if model == "gpt-target" else {})
+
+
+def made() -> dict[str, Technique]:
+    """Drafts that are made of the target: its copies, and what learns from it."""
+    return {
+        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)), "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
+        "a copy without half of its weights": Speculative(Magnitude(0.5)),
+        "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
+        "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
+    }  # fmt: skip
 
 
 def brought() -> dict[str, Technique]:
@@ -122,7 +128,7 @@ def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
     if kind == "held out":
         return [loaded(name)[1].val.at(i)[0][:1, :PROMPT] for i in range(some)]  # type: ignore[union-attr]
     coder, every = zoo.tokenizer(name.split()[0]), filter(None, map(edit, stdlib_text("val")))
-    return [torch.tensor([coder.encode(text, add_special_tokens=False).ids]) for text in islice(every, some)]
+    return [torch.tensor([coder.encode(next(every), add_special_tokens=False).ids]) for _ in range(some)]
 
 
 def edit(text: str) -> str | None:
@@ -132,7 +138,7 @@ def edit(text: str) -> str | None:
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and not node.decorator_list and 5 <= node.end_lineno - node.lineno + 1 <= 10:  # type: ignore[operator]
             head, *rest = lines[node.lineno - 1 : node.end_lineno]
-            found += [(head, *rest), (head.replace(node.name, f"{node.name}_2", 1), *rest)]
+            found += [(head, *rest), (head.replace(f"def {node.name}", f"def {node.name}_2", 1), *rest)]
     return "\n\n\n".join("\n".join(part) for part in (*found[:3], found[3][:1])) + "\n" if len(found) > 3 else None
 
 
@@ -179,7 +185,7 @@ def foretold(target: Any, drafting: Any, begun: Sequence[Tensor], sampler: Sampl
 
 def ratio(cell: dict, slow: str = "plain", quick: str = "drafting", *, less: str | None = None) -> tuple[float, float, float]:
     """Seconds over seconds, round by round: the median and its interval at 95 %.
-    less="reading": those of writing alone, both without what reading the prompts takes."""
+    less="reading": those of writing alone; what a draft model reads of the prompts is still in them."""
     seconds = cell["seconds"]
     taken = seconds[less] if less else [0.0] * len(seconds[slow])
     ratios = [(one - part) / (other - part) for one, other, part in zip(seconds[slow], seconds[quick], taken, strict=True)]

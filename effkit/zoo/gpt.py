@@ -101,7 +101,7 @@ class InOrder(nn.Module):
 
 @stored
 class GPT(nn.Module):
-    """Tokens in, logits out; `kv` makes its caches, `running` runs its blocks, `decoding` generates, so chapters replace
+    """Tokens in, logits out; `kv` makes its caches, `running` runs its blocks and last norm, `decoding` generates, so chapters replace
     any of them."""
 
     def __init__(self, **settings):

@@ -226,6 +226,49 @@ def test_buffers_are_found_anew_where_others_have_moved_them():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_a_refused_pass_has_promised_is_no_room(graded, monkeypatch):
+    """A full cache, a pass that fails after the capacity was doubled, and the text goes on: nothing is written behind the buffers."""
+    model, ids = Fused()(decoder(dtype=torch.float32)), text(12)
+    cache = model.new_cache(capacity=4)
+    model(ids[:, :4], cache)
+    with torch.set_grad_enabled(graded), pytest.raises(ValueError, match="holds 1 rows and got 2"):
+        model(text(1, rows=2), cache)
+    cache.truncate(4)
+    behind = cache.buffers[-1]
+    seen = chunked(model, cache, ids, [1] * 12)
+    assert cache.buffers[-1] is not behind and close(seen, chunked(model, model.new_cache(capacity=12), ids, [4])[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [
+    lambda model: setattr(model, "norm", nn.RMSNorm(16, eps=1.0)),
+    lambda model: setattr(model.norm, "weight", nn.Parameter(torch.rand(16))),
+    lambda model: setattr(model, "norm", nn.Identity()),
+])  # fmt: skip
+def test_a_view_with_a_last_norm_of_its_own_uses_it_over_the_same_cache(change):
+    model = Fused()(decoder(dtype=torch.float32))
+    other, cache = view(model), model.new_cache(capacity=9)
+    other.norm = copy.deepcopy(model.norm)
+    change(other)
+    for m in (model, other, model):
+        cache.truncate(0)
+        assert torch.equal(m(text(3), cache), m(text(3), m.new_cache(capacity=9)))
+
+
+@torch.no_grad()
+def test_rotary_tables_have_the_model_s_precision():
+    """A cache that was emptied and goes on with the model cast: as a fresh one would."""
+    model = Preallocated()(decoder(dtype=torch.float32))
+    cache = model.new_cache(capacity=9)
+    model(text(4), cache)
+    model.double()
+    cache.truncate(0)
+    cache.buffers.clear()
+    assert torch.equal(model(text(4), cache), model(text(4), model.new_cache(capacity=9)))
+
+
+@torch.no_grad()
 def test_weights_that_are_given_another_storage_in_the_middle_of_a_text_are_read():
     model, ids, made = decoder(dtype=torch.float32), text(6), []
     for m in (Preallocated()(model), Fused()(model)):
