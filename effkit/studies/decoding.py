@@ -81,13 +81,11 @@ def drafts(model: str) -> dict[str, Technique]:
         return brief
     if model == "gpt-target in bfloat16":
         return lookup | {name: draft for name, draft in brought().items() if "distilled, 2" in name or "distilled, 4" in name}
-    found = lookup | brief
-    found |= {
+    return lookup | brief | (brought() | made() if model == "gpt-target" else {}) | {
         "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
         "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
         "half of the blocks": Speculative(EarlyExit(0.5)), "Jacobi": Jacobi(), "lookahead": Lookahead(),
     }  # fmt: skip
-    return found | (brought() | made() if model == "gpt-target" else {})
 
 
 def made() -> dict[str, Technique]:
