@@ -73,8 +73,8 @@ THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": 
 
 
 def drafts(model: str) -> dict[str, Technique]:
-    """In words -> the technique: all of them for gpt-target, for the others those that need no training: chapter 08 trains for
-    gpt-small, and `effkit study eagle` for SmolLM2, of which most is raced there."""
+    """In words -> the technique: all of them for gpt-target, those that need no training for gpt-small, for which chapter 08
+    trains; for SmolLM2, which is slow, lookup alone: `effkit study eagle` races more."""
     lookup: dict[str, Technique] = {"prompt lookup": PromptLookup()}
     brief: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
     if model == "smollm2":
