@@ -7,6 +7,7 @@ so chapters 07 and 08 change all of it without touching the model.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,6 +52,7 @@ class Cache:
     keep(index)                 of the last pass's tokens only these stay: a branch of its tree
     length                      tokens that need not be fed again: a pass is fed ids[:, cache.length :]
     lengths                     one number a row where rows differ, `length` then being the largest; else None
+    texts()                     how many rows a pass has to have, asked before it; None: any number
 
     parents   of each new token, the place of the one before it in the text, counted in this pass; -1: what the cache
               held already. Without them each token follows the one before it.
@@ -66,6 +68,8 @@ class Cache:
     ) -> Int[Tensor, "*b n"]:
         if parents is not None and self.lengths is not None:
             raise ValueError("a token tree needs rows of one length: feed it one row at a time")
+        if parents is not None and len(parents) != n:
+            raise ValueError(f"a token tree has a parent for each of its tokens, got {len(parents)} for {n} tokens")
         start = self.length if self.lengths is None else self.lengths.to(device)[:, None]
         self.ancestors = ancestors = None if parents is None else ancestry(parents.to(device))
         self.positions = start + (torch.arange(n, device=device) if ancestors is None else ancestors.sum(1) - 1)
@@ -74,6 +78,9 @@ class Cache:
         self.fed, self.length = n, self.length + n
         self.lengths = None if self.lengths is None else self.lengths + n
         return self.positions
+
+    def texts(self) -> int | None:
+        return None
 
     def angles(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rotary tables of the new tokens."""
@@ -173,6 +180,9 @@ class ConcatCache(Cache):
             self.values[layer] = torch.cat((self.values[layer], v), dim=2)
         return attention(q, self.keys[layer], self.values[layer], self.mask)
 
+    def texts(self):
+        return len(self.keys[0]) if self.keys else None
+
     def truncate(self, n) -> None:
         if isinstance(n, Tensor) and (stay := n.clamp(max=self.length)).unique().numel() > 1:
             how = "a cache that is written in place has room for that: Preallocated()(model, task)"
@@ -225,24 +235,26 @@ class Sampler:
 
     def probabilities(self, logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
         """The distribution, in float32 at least."""
-        logits = checked(logits) if logits.dtype == torch.float64 else checked(logits).float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+            return F.one_hot(checked(logits).argmax(-1), logits.shape[-1]).to(logits.dtype)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], -torch.inf)
-        probabilities = logits.softmax(-1)
+        probabilities = checked(logits.softmax(-1))
         return probabilities if self.top_p is None else nucleus(probabilities, self.top_p)
 
     def draw(self, logits: Float[Tensor, "... vocab"], rng: torch.Generator | None) -> Int[Tensor, "..."]:
         return checked(logits).argmax(-1) if self.temperature == 0 else sample(self.probabilities(logits), rng)
 
 
-def checked(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
-    """The logits. Raises ValueError where one of them is none: greedily, NaN would be the likeliest token."""
-    if logits.isnan().any():
-        raise ValueError("the model's logits hold NaN: look for NaN or infinity in its weights, and where it is float16, take bfloat16")
-    return logits
+def checked(values: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+    """Logits, or chances made of them. Raises ValueError where one is no number: greedily, NaN would be the likeliest token,
+    and of an infinite logit a softmax makes NaN."""
+    if values.isnan().any():
+        how = "look for NaN or infinity in its weights; where it is float16, take bfloat16; where the temperature is next to 0, take 0"
+        raise ValueError(f"the model's logits hold NaN or infinity: {how}")
+    return values
 
 
 def nucleus(probabilities: Float[Tensor, "... vocab"], top_p: float) -> Float[Tensor, "... vocab"]:
@@ -293,7 +305,7 @@ def read_prompt(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Floa
 
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
     """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
-    if ids.dim() != 2 or ids.shape[1] == 0:
+    if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}; begin with a start-of-text token")
     require_int("max_new_tokens", max_new_tokens, 0)
     context = getattr(model, "context", None)
@@ -302,7 +314,7 @@ def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
 
 
 def stop_tensor(stop: int | Collection[int] | None, device) -> Int[Tensor, " s"]:
-    stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    stops = [] if stop is None else [stop] if isinstance(stop, Integral) else list(stop)  # type: ignore[arg-type]
     return torch.tensor(stops, dtype=torch.long, device=device)
 
 

@@ -4,7 +4,8 @@ Problem   A server writes many texts at once. How much is speculation worth to i
 Idea      The draft proposes gamma tokens for every text, the target judges all of them in one pass, and each text takes
           back what was rejected of it: texts grow at their own speed, so that rows of the caches differ in length. Nothing
           waits until the end, which comes with the slowest text.
-Exact     Rows do not see each other, and each is judged by itself (verify.py).
+Exact     Rows do not see each other, and each is judged by itself (verify.py). Fused blocks (chapter 07) sum up each row as if it
+          were alone, also where rows differ in length, while a pass has no more than 64 tokens in all.
 Limit     b texts and gamma proposals make a pass over b (gamma + 1) tokens. Reading the weights costs the same for one token
           and for many, until arithmetic costs more than reading: from some batch size on, what is rejected is paid for.
 Left out  A text that has ended keeps its row, as in `generate` (chapter 07 fills it with the next request); a gamma of each
@@ -115,8 +116,11 @@ def check_batch(target: nn.Module, draft: nn.Module, prompts: Texts | Tensor, ma
     require_int("gamma", gamma, 1, hint="it is how many tokens are proposed at a time; for none, decode plainly")
     if len(prompts) == 0:
         raise ValueError("prompts must be at least one text, got none: give token ids, (b, n) or a list of texts")
-    for text in prompts:
-        check_prompt(target, text[None], max_new_tokens)
+    for row, text in enumerate(prompts):
+        try:
+            check_prompt(target, text[None], max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"prompt {row} (counted from 0): {error}") from error
     check_draft(target, draft, max(map(len, prompts)) + max_new_tokens)
     for who, model in {"target": target, "draft": draft}.items():
         check_rows(who, model, prompts[0].device)

@@ -17,7 +17,7 @@ Source    Li et al. 2024, arXiv:2401.15077, sections on drafting and training; Z
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,16 +28,17 @@ from torch.nn import functional as F
 
 from effkit.core.checkpoint import load, stored
 from effkit.core.checks import require_int
-from effkit.core.generation import Cache, NoCache, Rope, Sampler, sample
+from effkit.core.generation import Cache, NoCache, Rope
 from effkit.core.paths import data_dir
 from effkit.core.surgery import dense_weight, note
 from effkit.core.task import Batch, Task
 from effkit.core.technique import Paper
 from effkit.core.training import Loss
 from effkit.speculative.draft import vocabulary
-from effkit.speculative.heads import TrainedBeside, certain, check_branching, check_ranks, state_of
+from effkit.speculative.heads import TrainedBeside, state_of
 from effkit.speculative.speculate import Proposer, Proposing, Seen
-from effkit.speculative.verify import Proposal, without
+from effkit.speculative.tree import Branching, Growing, check_branching, check_ranks, several
+from effkit.speculative.verify import Proposal
 from effkit.zoo.build import build
 from effkit.zoo.gpt import Block, GPTConfig
 
@@ -118,24 +119,13 @@ def fresh_head(target: Any, texts: Iterable[Batch] | None, *, frequent: int | No
     return head
 
 
-def several(q: Float[Tensor, "n vocab"], width: int, rng: torch.Generator | None) -> Int[Tensor, "n width"]:
-    """From each distribution so many tokens, one after another without putting back."""
-    drawn = [sample(q, rng)]
-    for _ in range(width - 1):
-        q = torch.stack([without(row, int(x)) for row, x in zip(q, drawn[-1], strict=True)])
-        drawn.append(sample(q, rng))
-    return torch.stack(drawn, dim=1)
-
-
-class Drafter(Proposer):
+class Drafter(Growing):
     """Goes on from the target's last state with predicted ones; proposes nothing before it has seen all states before
-    the last token.
+    the last token."""
 
-    branching   how many tokens follow each node, level by level; None: a line
-    """
-
-    def __init__(self, target: Any, head: EagleHead, branching: tuple[int, ...] | None, *, capacity: int):
-        self.target, self.head, self.branching, self.read = target, head, branching, head.reader(target)
+    def __init__(self, target: Any, head: EagleHead, branching: Branching | None, *, capacity: int):
+        super().__init__(branching)
+        self.target, self.head, self.read = target, head, head.reader(target)
         self.cache, self.committed = target.kv.new(head, capacity=capacity), 0
         self.states: Any = None  # a row a token of the text
 
@@ -146,59 +136,43 @@ class Drafter(Proposer):
         self.states = torch.cat((known, features[seen.kept[len(known) - seen.start :]]))
 
     def __call__(self, ids, most, sampler, rng):
-        tokens, parents, last = ids[0, :0], ids[0, :0], ids.new_tensor([-1])
         if self.states is None or not 0 < len(self.states) == ids.shape[1] - 1:
-            return Proposal(tokens)
-        before, chances = self.states[:0], []
-        for width in (1,) * most if self.branching is None else self.branching[:most]:
-            states = self.behind(ids, tokens, before, parents)[-len(last) :]
-            chosen, q = self.choose(states, width, sampler, rng)
-            chances += q
-            tokens, before = torch.cat((tokens, chosen)), torch.cat((before, states.repeat_interleave(width, 0)))
-            parents = torch.cat((parents, last.repeat_interleave(width)))
-            last = torch.arange(len(tokens) - len(chosen), len(tokens), device=ids.device)
-        if not chances:
-            return certain(tokens, parents)
-        if self.branching is None:
-            return Proposal(tokens, torch.cat(chances))
-        return Proposal(tokens, F.pad(torch.cat(chances), (0, 0, 0, len(last))), parents)  # behind leaves, nothing was drawn
+            return Proposal(ids[0, :0])
+        self.ahead = self.states[:0]  # what is predicted behind the text and behind each node
+        return super().__call__(ids, most, sampler, rng)
 
-    def choose(
-        self, states: Float[Tensor, "n d"], width: int, sampler: Sampler, rng: torch.Generator | None
-    ) -> tuple[Int[Tensor, " n*width"], list[Float[Tensor, "n vocab"]]]:
-        """So many tokens behind each state, and what they were drawn from; greedily, the likeliest."""
-        logits = self.read(states[None])[0]
-        if sampler.temperature == 0:
-            best = logits.topk(width).indices.flatten()
-            return best if self.head.tokens is None else self.head.tokens[best], []
-        q = self.spread(sampler.probabilities(logits))
-        return several(q, width, rng).flatten(), [q]
-
-    def behind(
-        self, ids: Int[Tensor, "1 n"], tokens: Int[Tensor, " g"], before: Float[Tensor, "g d"], parents: Int[Tensor, " g"]
-    ) -> Float[Tensor, "m d"]:
-        """Predicted states behind the text's last token and the proposed ones, of which it knows the state before each.
-        All of these are fed anew at each level: a pass can branch from what the cache held before, not inside of it."""
+    def behind(self, ids, tokens, parents, last):
+        """The tree is fed anew at each level: a pass can branch from what the cache held before, but not inside of it."""
         self.cache.truncate(self.committed)
         start, self.committed = self.cache.length, len(self.states)
-        fed, states = torch.cat((ids[0, 1:], tokens))[start:], torch.cat((self.states[start:], before))
+        fed = torch.cat((ids[0, 1:], tokens))[start:]
+        states = torch.cat((self.states[start:], self.ahead[parents + 1]))  # of each token the one before it
         trunk = len(fed) - len(tokens)
         branches = self.branching is not None and len(tokens) > 0
         tree = torch.cat((torch.arange(trunk, device=ids.device) - 1, parents + trunk)) if branches else None
-        return self.head(self.target, fed[None], states[None], self.cache, tree)[0]
+        made = self.head(self.target, fed[None], states[None], self.cache, tree)[0]
+        self.ahead = made[trunk - 1 :] if trunk else torch.cat((self.ahead[:1], made))
+        return self.read(self.ahead[None, -last:])[0]
+
+    def choose(self, logits, width, sampler, rng):
+        """Among the tokens that it knows."""
+        if self.head.tokens is None:
+            return super().choose(logits, width, sampler, rng)
+        if sampler.temperature == 0:
+            return self.head.tokens[super().choose(logits, width, sampler, rng)[0]], []
+        q = self.spread(sampler.probabilities(logits))
+        return several(q, width, rng).flatten(), [q]
 
     def spread(self, q: Float[Tensor, "n frequent"]) -> Float[Tensor, "n vocab"]:
         """The same distribution over all tokens."""
-        if self.head.tokens is None:
-            return q
-        return q.new_zeros(len(q), vocabulary(self.target)).index_copy_(1, self.head.tokens, q)
+        return q.new_zeros(len(q), vocabulary(self.target)).index_copy_(1, self.head.tokens, q)  # type: ignore[arg-type]
 
 
 @stored
 class EagleDecoding(Proposing):
     """With a head, which it holds."""
 
-    def __init__(self, gamma: int, branching: tuple[int, ...] | None = None):
+    def __init__(self, gamma: int, branching: Branching | None = None):
         super().__init__(gamma)
         self.branching = branching
         self.head: nn.Module = nn.Identity()
@@ -214,11 +188,11 @@ class Eagle(TrainedBeside):
     gamma      tokens that are proposed in a line, or a tree's levels
     branching  how many tokens follow each node of a level, as in (4, 2, 1, 1); None: a line
     frequent   the draft chooses from the tokens most frequent in task.train, so many; None: from all
-    head       the name of a shipped one, data/NAME.safetensors: nothing is trained
+    head       the name of a shipped one, data/NAME.safetensors: nothing is trained, and it says what it chooses from
     """
 
     gamma: int = 4
-    branching: tuple[int, ...] | None = None
+    branching: Branching | None = None
     frequent: int | None = None
     head: str = ""
 
@@ -231,6 +205,9 @@ class Eagle(TrainedBeside):
             check_branching(self.branching, self.gamma)
         if self.frequent is not None:
             require_int("frequent", self.frequent, 1, MOST_TOKENS, hint="None: all tokens")
+        learning = [f.name for f in fields(self) if f.name in ("frequent", "epochs", "steps", "lr", "seed") and getattr(self, f.name) != f.default]
+        if self.head and learning:
+            raise ValueError(f"{' and '.join(learning)} would change nothing about head={self.head!r}, which has learned: leave one or the other out")
         super().__post_init__()
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
@@ -250,7 +227,7 @@ class Eagle(TrainedBeside):
         return head
 
 
-def drafting(model: nn.Module, head: EagleHead, gamma: int, branching: tuple[int, ...] | None = None) -> nn.Module:
+def drafting(model: nn.Module, head: EagleHead, gamma: int, branching: Branching | None = None) -> nn.Module:
     """The decoder, generating with this head from now on."""
     model.decoding = EagleDecoding(gamma, branching)
     model.decoding.head = head
@@ -259,9 +236,9 @@ def drafting(model: nn.Module, head: EagleHead, gamma: int, branching: tuple[int
 
 
 def shipped_head(name: str, model: Any) -> EagleHead:
-    """Raises ValueError where the file holds something else, or a head for states of another width."""
+    """Raises ValueError where the file holds something else, or a head for states of another width or other tokens."""
     head, state = load(data_dir() / f"{name}.safetensors"), state_of(model)
-    width = head.config.d_model if isinstance(head, EagleHead) else type(head).__name__
-    if width != state.shape[-1]:
-        raise ValueError(f"head {name!r} must predict states of width {state.shape[-1]}, got {width}: leave `head` empty to train one")
+    found = (head.config.d_model, head.config.vocab_size) if isinstance(head, EagleHead) else type(head).__name__
+    if found != (wanted := (state.shape[-1], vocabulary(model))):
+        raise ValueError(f"head {name!r} must predict states of a width and a vocabulary of {wanted}, got {found}: leave `head` empty to train one")
     return head.to(state.device, state.dtype)  # type: ignore[return-value]

@@ -36,10 +36,10 @@ from effkit.core.training import Loss, Schedule, fit
 from effkit.core.traits import DECODER
 from effkit.speculative.draft import tensor_bytes, vocabulary
 from effkit.speculative.speculate import Proposer, Proposing, Seen
+from effkit.speculative.tree import certain, check_branching, check_ranks
 from effkit.speculative.verify import Proposal
 
 DECAY = 0.8  # what a head counts in the loss, over the one before it
-MOST_NODES = 512
 Choices = tuple[int, ...]  # a node of the tree: which of the first head's guesses, which of the second's, ...
 SHOWN = ("features", "logits", "embedding", "running")
 FEATURES = Trait("a decoder that shows its features", lambda model: all(hasattr(model, name) for name in SHOWN))
@@ -133,12 +133,6 @@ class Candidates(Proposer):
         return certain(best[self.head[:nodes], self.rank[:nodes]], self.parents[:nodes])
 
 
-def certain(tokens: Int[Tensor, " g"], parents: Int[Tensor, " g"]) -> Proposal:
-    """A tree of tokens; one that does not branch is a line, which every cache takes."""
-    line = torch.equal(parents, torch.arange(len(parents), device=parents.device) - 1)
-    return Proposal(tokens, parents=None if line else parents.to(tokens.device))
-
-
 @stored
 class MedusaDecoding(Proposing):
     """With heads on the decoder's own states.
@@ -162,15 +156,6 @@ class MedusaDecoding(Proposing):
 
     def proposer(self, model: nn.Module, capacity: int) -> Proposer:
         return Candidates(model, self.heads, self.paths)
-
-
-def check_branching(branching: object, levels: int) -> None:
-    """Raises ValueError unless there is a number of children for each level, and the tree they make is no forest."""
-    fits = isinstance(branching, tuple) and len(branching) == levels
-    if not (fits and all(type(n) is int and n > 0 for n in branching)):  # type: ignore[attr-defined]
-        raise ValueError(f"branching must be {levels} whole numbers, at least 1, got {branching!r}: write branching={(2,) * levels}, for example")
-    if (nodes := sum(prod(branching[:i]) for i in range(1, levels + 1))) > MOST_NODES:  # type: ignore[index, misc]
-        raise ValueError(f"branching {branching!r} makes {nodes} proposals a pass, at most {MOST_NODES} are allowed: take smaller numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,11 +234,6 @@ class Medusa(TrainedBeside):
         model.decoding = whole.pruned(paths).train(model.training)
         note(model, "decoding", f"{self.heads} heads propose {len(paths)} tokens", "Medusa")
         return model
-
-
-def check_ranks(branching: Choices, tokens: int) -> None:
-    if max(branching) > tokens:
-        raise ValueError(f"branching {branching} asks for {max(branching)} guesses at a place, and there are {tokens} tokens to choose from: ask for fewer")
 
 
 @torch.no_grad()

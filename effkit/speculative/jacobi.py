@@ -15,7 +15,7 @@ Cost      A wider pass: W - 1 + W (N - 2) + G (N - 1) tokens for G n-grams. Wher
 Choice    As in the paper the window moves on by a column a pass, however many tokens came, so that its places drift
           behind; one that moves with the text has to begin its last columns anew, and gave fewer tokens a pass.
 Numbers   Tokens a pass of gpt-target on held-out text (`effkit study decoding`), greedily: Jacobi 1.04, lookahead 2.1, prompt
-          lookup 2.3; drawn at temperature .8: 1.03, 1.9, 1.2. A target that was not trained to guess ahead hardly does.
+          lookup 2.3 (three texts of 64 tokens, so the second digit is partly luck). A target that was not trained to guess ahead hardly does.
 Left out  Its code begins with random tokens and proposes nothing until all levels are filled; it can fill its pool from
           the prompt, too (lookup.py does that).
 Source    Santilli et al. 2023, arXiv:2305.10427, section 3.2, whose block is refined until nothing changes; here it moves
@@ -36,8 +36,8 @@ from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
-from effkit.speculative.heads import certain
 from effkit.speculative.speculate import Proposer, Proposing, Seen
+from effkit.speculative.tree import certain
 from effkit.speculative.verify import Proposal
 
 
@@ -122,6 +122,8 @@ class Window(Proposer):
 class JacobiDecoding(Proposing):
     """With the target's own choices of the last pass."""
 
+    alone = True
+
     def __init__(self, gamma: int):
         super().__init__(gamma)
 
@@ -132,6 +134,8 @@ class JacobiDecoding(Proposing):
 @stored
 class LookaheadDecoding(Proposing):
     """With n-grams of the target's own guesses."""
+
+    alone = True
 
     def __init__(self, window: int, ngram: int, guesses: int):
         super().__init__(max(window - 1, 1) + ngram - 2)  # places that the tree reaches ahead

@@ -47,6 +47,12 @@ def one(gamma: int) -> float:
     return 1.0
 
 
+def linear(extra: float) -> Callable[[int], float]:
+    """Each proposal adds so much to a pass of the target over one token: about what is measured as long as reading weights
+    takes most of the time."""
+    return lambda gamma: 1 + extra * gamma
+
+
 def speedup(alpha: float, gamma: int, cost: float, verification: Callable[[int], float] = one) -> float:
     """Tokens a second over plain decoding.
 
@@ -64,18 +70,28 @@ def best_gamma(alpha: float, cost: float, verification: Callable[[int], float] =
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass of the target gave: how many proposals it saw and accepted, and the text's new tokens."""
+    """What one pass of the target gave: how many proposals it saw and accepted, and the text's new tokens.
+
+    levels   how many could have been accepted, of a tree; None: a line, all of it
+    """
 
     proposed: int
     accepted: int
     tokens: Int[Tensor, " m"]
+    levels: int | None = None
+
+    @property
+    def tested(self) -> int:
+        """Places for which a proposal was looked at: those accepted, and the one at which all were rejected."""
+        return min(self.accepted + 1, self.proposed if self.levels is None else self.levels)
 
 
 EVERY = 16  # passes without a proposal, one of which is tried
 
 
 class Adaptive:
-    """Chooses gamma anew before each pass, from how often proposals were accepted of late.
+    """Chooses gamma anew before each pass: the best by the law, for how often proposals were accepted of late. (A server that
+    does so for all its texts: Liu et al. 2024, arXiv:2406.14066.)
 
     most, cost, verification   as in best_gamma;  memory   what a pass still counts after the next one
 
@@ -105,12 +121,12 @@ class Adaptive:
         if 0 < step.proposed == step.accepted:
             self.idle = EVERY - 1
         self.accepted = self.memory * self.accepted + step.accepted
-        self.tested = self.memory * self.tested + min(step.accepted + 1, step.proposed)
+        self.tested = self.memory * self.tested + step.tested
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over passes. Tokens after a rejection are never tested, so the acceptance rate leaves them out."""
+    """Sums over passes. Places after a rejection are never tested, so the acceptance rate leaves them out."""
 
     passes: int
     proposed: int
@@ -120,7 +136,7 @@ class Statistics:
 
     @property
     def acceptance(self) -> float:
-        """Accepted over tested proposals: the alpha of law.py; NaN where nothing was proposed."""
+        """Accepted over tested places: in a line the alpha of law.py; NaN where nothing was proposed."""
         return self.accepted / self.tested if self.tested else float("nan")
 
     tokens_per_pass = property(lambda self: self.tokens / self.passes if self.passes else float("nan"))
@@ -128,5 +144,5 @@ class Statistics:
 
 def statistics(passes: Iterable[Pass]) -> Statistics:
     """What the passes of one text or of several add up to."""
-    each = [(1, p.proposed, min(p.accepted + 1, p.proposed), p.accepted, len(p.tokens)) for p in passes]
+    each = [(1, p.proposed, p.tested, p.accepted, len(p.tokens)) for p in passes]
     return Statistics(*map(sum, zip(*each, strict=True))) if each else Statistics(0, 0, 0, 0, 0)

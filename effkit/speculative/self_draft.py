@@ -10,10 +10,11 @@ Choice    What a set of blocks is worth is the acceptance of what it proposes, t
 Cost      The blocks that are left out did something, and no other has learned to do without them: of gpt-target's first
           half .23 is accepted, of its first five sixths .59 (`effkit study decoding`, temperature .8). Where those are left
           out that are missed least it is 1.00: blocks that joined late and learned little.
-Training  brings much of it back, and chapter 03 does it: Speculative(draft=Distill(student=EarlyExit(0.3))). What has learned
+Training  brings some of it back, and chapter 03 does it: Speculative(draft=Distill(student=EarlyExit(0.3))). What has learned
           is then the draft's own, and held beside the target.
 Left out  Leaving out only an attention or a feed-forward (Zhang et al., who search by Bayesian optimization for the best
-          speed); keys and values of the first layers, which target and early exit could share.
+          speed, and stop a draft where it is unsure); training with layers dropped and a loss at every exit (Elhoushi et
+          al.); keys and values of the first layers, which target and early exit could share.
 Source    Zhang et al. 2023, arXiv:2309.08168 (self-speculation, section 3.3); Elhoushi et al. 2024, arXiv:2404.16710 (early
           exit).
 """

@@ -6,7 +6,7 @@ Idea      Let something cheap propose gamma tokens; run the target over all of t
 Exact     For every draft the text has the target's distribution: the proof stands in verify.py.
 Cost      gamma passes of the draft for each of the target, and a draft's memory, less what it shares with the target.
           Where a pass over gamma + 1 tokens is not nearly as cheap as over one, it loses: law.py.
-Left out  Several texts in one pass: rows run one by one.
+Left out  Several texts in one pass: here rows run one by one, and batch.py runs them together.
 Source    Leviathan et al. 2022, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318, algorithm 2.
 """
 
@@ -26,7 +26,7 @@ from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.speculative.draft import check_draft, share, tensor_bytes
-from effkit.speculative.law import Adaptive, Pass
+from effkit.speculative.law import Adaptive, Pass, linear
 from effkit.speculative.self_draft import EarlyExit
 from effkit.speculative.verify import Proposal, judge
 
@@ -72,13 +72,13 @@ def speculate(
     if (features := read_prompt(target, ids, cache)) is not None:
         propose.observe(Seen(ids, 0, torch.arange(ids.shape[1] - 1), features.new_empty(0, 0), features[0]))
     while ids.shape[1] < end:
-        most = gamma if isinstance(gamma, int) else gamma.choose()
+        most = gamma.choose() if isinstance(gamma, Adaptive) else gamma
         proposal = propose(ids, min(most, end - ids.shape[1] - 1), sampler, rng)
         start = cache.length
         features, logits = look(target, ids, proposal, cache)
         branch, new = judge(proposal, logits, sampler, rng)
         kept = forget(cache, ids.shape[1] - start, branch, proposal)
-        step = Pass(len(proposal.tokens), len(branch), upto_stop(new, stops))
+        step = Pass(len(proposal.tokens), len(branch), upto_stop(new, stops), proposal.levels)
         ids = torch.cat((ids, step.tokens[None]), dim=1)
         propose.observe(Seen(ids, start, kept, logits, features))
         if isinstance(gamma, Adaptive):
@@ -163,7 +163,7 @@ def check_speculation(target: nn.Module, ids: Tensor, max_new_tokens: int, gamma
     if not isinstance(gamma, Adaptive):
         require_int("gamma", gamma, 1, hint="it is how many tokens are proposed at a time; for none, decode plainly")
     if len(ids) != 1:
-        how = "rows accept different numbers of tokens, so call it once a row, or use model.generate, which does"
+        how = "rows accept different numbers of tokens: use speculative_batch, or model.generate, which takes one row after another"
         raise ValueError(f"speculation follows one text at a time, got {len(ids)} rows: {how}")
 
 
@@ -177,12 +177,16 @@ def each_row(ids: Int[Tensor, "b n"], continued: Callable[[Tensor], Tensor]) -> 
 class Proposing(nn.Module):
     """As a decoder's `decoding`: one row after another, with what a proposer of its kind proposes.
 
-    gamma   tokens that are proposed at a time;  cost   where it is given, gamma adapts, up to that (law.py)
+    gamma         tokens that are proposed at a time
+    cost, extra   where a cost is given, gamma adapts, up to that (law.py)
+    alone         its proposer reads what the target says of its own proposals, and takes no turns with another
     """
 
-    def __init__(self, gamma: int, cost: float | None = None):
+    alone = False
+
+    def __init__(self, gamma: int, cost: float | None = None, extra: float = 0.0):
         super().__init__()
-        self.gamma, self.cost = gamma, cost
+        self.gamma, self.cost, self.extra = gamma, cost, extra
 
     def proposer(self, model: nn.Module, capacity: int) -> Proposer:
         """A fresh one, for a text of up to `capacity` tokens."""
@@ -194,7 +198,7 @@ class Proposing(nn.Module):
 
     def passes(self, model: nn.Module, ids: Int[Tensor, "1 n"], max_new_tokens: int, **settings) -> Iterator[Pass]:
         """The same pass by pass, for `statistics`."""
-        own = self.gamma if self.cost is None else Adaptive(self.gamma, self.cost)
+        own = self.gamma if self.cost is None else Adaptive(self.gamma, self.cost, linear(self.extra))
         settings = {"gamma": own, **settings}
         check_speculation(model, ids, max_new_tokens, settings["gamma"])
         return speculate(model, self.proposer(model, ids.shape[1] + max_new_tokens), ids, max_new_tokens, **settings)
@@ -204,8 +208,8 @@ class Proposing(nn.Module):
 class SpeculativeDecoding(Proposing):
     """With a draft, which it holds."""
 
-    def __init__(self, gamma: int, cost: float | None = None):
-        super().__init__(gamma, cost)
+    def __init__(self, gamma: int, cost: float | None = None, extra: float = 0.0):
+        super().__init__(gamma, cost, extra)
         self.draft: nn.Module = nn.Identity()
 
     def proposer(self, model: nn.Module, capacity: int) -> Proposer:
@@ -256,12 +260,15 @@ class Speculative(Drafted):
     """The decoder generates with a draft; its weights and what it writes stay the same.
 
     gamma   tokens that are proposed at a time
-    cost    a pass of the draft, in passes of the target: where it is given, gamma adapts to what is accepted, up to the
-            gamma above, and little is proposed where that would not pay
+    cost    a pass of the draft, in passes of the target over one token: where it is given, gamma adapts to what is
+            accepted, up to the gamma above
+    extra   what each proposal adds to a pass of the target, in the same unit; with 0, more is proposed than pays on models
+            that do not wait for memory alone
     """
 
     gamma: int = 4
     cost: float | None = None
+    extra: float = 0.0
 
     paper = Paper("Leviathan et al.", 2022, "Fast inference from transformers via speculative decoding",
                   "arXiv:2211.17192", "algorithm 1")  # fmt: skip
@@ -270,7 +277,10 @@ class Speculative(Drafted):
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
         if self.cost is not None:
             require_float("cost", self.cost, 0.0, 1.0, open_low=True, open_high=True, hint="slower than 1 never pays; None keeps gamma")
+        require_float("extra", self.extra, 0.0, 1.0, hint="1: as dear as a pass of its own")
+        if self.extra and self.cost is None:
+            raise ValueError(f"extra is for a gamma that adapts, got extra={self.extra} without a cost: give the cost of a pass of the draft, too")
         super().__post_init__()
 
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
-        return self.drafting(model, task, SpeculativeDecoding(self.gamma, self.cost), f"{self.gamma} at a time")
+        return self.drafting(model, task, SpeculativeDecoding(self.gamma, self.cost, self.extra), f"{self.gamma} at a time")

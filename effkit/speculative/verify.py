@@ -38,6 +38,16 @@ class Proposal:
     q: Float[Tensor, "_ vocab"] | None = None
     parents: Int[Tensor, " g"] | None = None
 
+    @property
+    def levels(self) -> int:
+        """Tokens in a line, or on a tree's longest branch."""
+        if self.parents is None:
+            return len(self.tokens)
+        depths = [0]  # of the text, then of each node
+        for parent in self.parents.tolist():
+            depths.append(1 + depths[parent + 1])
+        return max(depths)
+
 
 def overlap(p: Float[Tensor, "... vocab"], q: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:
     """sum min(p, q) = 1 - total variation: the chance that a proposal drawn from q is accepted."""

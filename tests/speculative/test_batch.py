@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effkit.caching import Fused, Paged, Preallocated, Recompute
-from effkit.core import generation
+from effkit.core import generation, native
 from effkit.core.generation import Sampler, generate
 from effkit.speculative import EarlyExit, batch, verify
 from effkit.speculative.batch import batch_passes, speculative_batch
@@ -208,13 +208,22 @@ def test_a_draft_that_has_not_read_what_was_accepted_gives_fewer_tokens(monkeypa
     assert count() > 8
 
 
+@pytest.mark.skipif(native.compiler() is None, reason="there is no C compiler")
+def test_in_bfloat16_fused_rows_are_what_each_would_be_alone():
+    """Rows fall apart in length, and each is summed up as if it were alone: the same bits, so the same greedy text."""
+    model = Fused()(decoder(0, torch.bfloat16, sharpness=4.0))
+    prompts = [text(n, seed=n)[0] for n in (3, 9, 5)]
+    made = speculative_batch(model, Fused()(decoder(1, torch.bfloat16)), prompts, 20, gamma=3, sampler=GREEDY)
+    assert all(torch.equal(one, generate(model, ids[None], 20, sampler=GREEDY)[0]) for one, ids in zip(made, prompts, strict=True))
+
+
 # refused
 
 
 REFUSED = {
     "gamma must be a whole number, at least 1, got 0": lambda m: speculative_batch(m, m, text(3, rows=2), 4, gamma=0),
     "prompts must be at least one text, got none": lambda m: speculative_batch(m, m, [], 4),
-    "ids must be .* with at least one token": lambda m: speculative_batch(m, m, [text(3)[0], text(3)[0, :0]], 4),
+    r"prompt 1 \(counted from 0\): ids must be .* with at least one token": lambda m: speculative_batch(m, m, [text(3)[0], text(3)[0, :0]], 4),
     "exceed the model's context of 128": lambda m: speculative_batch(m, m, [text(3)[0], text(126)[0]], 4),
     "the draft has a vocabulary of 16 tokens and the target one of 32": lambda m: speculative_batch(m, Preallocated()(learned()), text(3), 4),
     "the draft reads at most 6 tokens and this text may have 7": lambda m: speculative_batch(m, Preallocated()(decoder(context=6)), text(3), 4),

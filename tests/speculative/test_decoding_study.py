@@ -77,6 +77,15 @@ def test_tokens_a_pass_are_foretold(small):
     assert certain["by the law"] == pytest.approx(4)
     found = study.foretold(small, Speculative(EarlyExit(0.5))(small), [cyclic(8 + i)[None] for i in range(40)], sampler, 24)
     assert abs(found["tokens a pass"] - found["place by place"]) < 5 * found["standard error"]
+    assert found["standard error"] == pytest.approx(jackknife(small, Speculative(EarlyExit(0.5))(small), 40, sampler, 24), rel=0.05)
+
+
+def jackknife(plain, drafting, texts, sampler, new):
+    """The spread of tokens a pass, by leaving one text out after another."""
+    each = (drafting.decoding.passes(drafting, cyclic(8 + i)[None], new, sampler=sampler, rng=torch.Generator().manual_seed(100 + i)) for i in range(texts))
+    counts = torch.tensor([len(list(steps)) for steps in each]).double()
+    rates = new * (texts - 1) / (counts.sum() - counts)
+    return ((texts - 1) / texts * (rates - rates.mean()).square().sum()).sqrt().item()
 
 
 def test_transformers_writes_the_same_texts(small):

@@ -16,7 +16,7 @@ from effkit.core.recipe import from_json, to_json
 from effkit.core.task import Task
 from effkit.core.technique import Identity
 from effkit.core.training import Schedule
-from effkit.speculative import EarlyExit, Speculative, eagle, verify
+from effkit.speculative import EarlyExit, Speculative, eagle, tree, verify
 from effkit.speculative.eagle import Drafter, Eagle, EagleHead, eagle_loss, fresh_head, on_texts
 from effkit.speculative.heads import train_beside
 from effkit.speculative.law import statistics
@@ -119,8 +119,9 @@ def test_every_node_of_a_tree_has_the_likeliest_tokens_behind_its_own_branch():
         tokens, states = torch.cat((ids[:, 1:], torch.tensor([branch])), 1), model.features(ids[:, :-1])
         for _ in range(len(branch)):
             states = torch.cat((states, model.decoding.head(model, tokens[:, : states.shape[1]], states)[:, -1:]), 1)
-        logits = model.logits(model.decoding.head(model, tokens, states))[0, -1]
-        children = proposal.tokens[proposal.parents == node]
+        ahead = model.decoding.head(model, tokens, states)
+        assert torch.allclose(drafter.ahead[node + 1], ahead[0, -1])
+        logits, children = model.logits(ahead)[0, -1], proposal.tokens[proposal.parents == node]
         assert torch.equal(children, logits.topk(len(children)).indices)
 
 
@@ -131,9 +132,9 @@ def seen_of(model, ids):
     return Seen(ids, 0, torch.arange(len(features)), features[:0], features)
 
 
-def shifted(self, ids, tokens, before, parents):
+def shifted(self, ids, tokens, parents, last):
     """Each state beside its own token, not the next one."""
-    return right_behind(self, torch.cat((ids[:, :1], ids[:, :-1]), 1), tokens, before, parents)
+    return right_behind(self, torch.cat((ids[:, :1], ids[:, :-1]), 1), tokens, parents, last)
 
 
 right_behind = Drafter.behind
@@ -158,7 +159,9 @@ def test_a_planted_bug_is_seen_in_what_is_proposed(monkeypatch, name, bug):
 
 
 def test_siblings_that_see_each_other_are_caught(monkeypatch):
-    monkeypatch.setattr(generation, "ancestry", lambda parents: torch.ones(len(parents), len(parents), dtype=torch.bool).tril())
+    right = generation.visible
+    leaky = lambda positions, held, tree=None: right(positions, held, None if tree is None else torch.ones_like(tree).tril())  # noqa: E731
+    monkeypatch.setattr(generation, "visible", leaky)
     with pytest.raises(AssertionError):
         test_every_node_of_a_tree_has_the_likeliest_tokens_behind_its_own_branch()
 
@@ -174,7 +177,7 @@ def gap(sampler=SAMPLERS["plain"], new=3, stop=None, **settings) -> float:
 
     with pytest.MonkeyPatch.context() as patch:
         # row by row by verify's, which `enumerated` makes take each outcome
-        patch.setattr(eagle, "sample", lambda p, rng: torch.cat([verify.sample(row[None], rng) for row in p]))
+        patch.setattr(tree, "sample", lambda p, rng: torch.cat([verify.sample(row[None], rng) for row in p]))
         outcome = enumerated(program)
     assert sum(outcome.values()) == pytest.approx(1, abs=1e-9)
     return largest_gap(outcome, joint(model, ids, new, sampler, stop))
@@ -202,7 +205,8 @@ def test_a_tree_with_every_token_is_exact():
 
 
 def test_children_drawn_with_putting_back_are_refused(monkeypatch):
-    monkeypatch.setattr(eagle, "several", lambda q, width, rng: torch.stack([eagle.sample(q, rng) for _ in range(width)], 1))
+    putting_back = lambda q, width, rng: torch.stack([tree.sample(q, rng) for _ in range(width)], 1)  # noqa: E731
+    monkeypatch.setattr(tree, "several", putting_back)
     assert gap(branching=(2, 1), new=2) > 0.01
 
 
@@ -377,10 +381,14 @@ def test_the_file_holds_the_head(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFKIT_DATA", str(tmp_path))
     shipped = Eagle(gamma=2, branching=(2, 1), head="a-head")(model)
     assert [step.tokens.tolist() for step in shipped.decoding.passes(shipped, ids, 20, sampler=GREEDY)] == wanted
-    with pytest.raises(ValueError, match="head 'a-head' must predict states of width 16, got 32: leave `head` empty"):
-        Eagle(head="a-head")(decoder())
-    with pytest.raises(ValueError, match="must predict states of width 32, got GPT"):
+    for other, wanted in ((decoder(), "16, 32"), (decoder(d_model=32), "32, 32")):
+        with pytest.raises(ValueError, match=rf"head 'a-head' must predict .* of \({wanted}\), got \(32, 16\): leave `head` empty"):
+            Eagle(head="a-head")(other)
+    with pytest.raises(ValueError, match=r"must predict .* of \(32, 16\), got GPT"):
         Eagle(head="model")(model)
+    for learning in (dict(frequent=10), dict(steps=5), dict(seed=1, lr=1e-2)):
+        with pytest.raises(ValueError, match=f"{' and '.join(sorted(learning))} would change nothing about head='a-head', which has learned"):
+            Eagle(head="a-head", **learning)
     with pytest.raises(FileNotFoundError, match="there is no file .*nothing.safetensors"):
         Eagle(head="nothing")(model)
 

@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_are_refused(way, temperature):
     guessing = WAYS[way](decoder(0, torch.float32))
     with torch.no_grad():
         guessing.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="logits hold NaN: look for NaN or infinity in its weights"):
+    with pytest.raises(ValueError, match="logits hold NaN or infinity: look for NaN or infinity in its weights"):
         guessing.generate(text(5), 8, temperature=temperature)
 
 
@@ -137,6 +137,13 @@ def test_plain_decoding_refuses_them_too(temperature):
         model.generate(text(5), 8, temperature=temperature)
     with pytest.raises(ValueError, match="logits hold NaN"):
         serve(model, [Request([1, 2, 3], 4)], pages=8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-45])
+def test_what_no_softmax_makes_chances_of_is_refused(temperature):
+    logits = torch.tensor([0.0, 1.0, torch.inf if temperature == 1 else 2.0])
+    with pytest.raises(ValueError, match="logits hold NaN or infinity: .*; where the temperature is next to 0, take 0"):
+        Sampler(temperature=temperature).probabilities(logits)
 
 
 def test_a_draft_without_numbers_changes_no_greedy_text():

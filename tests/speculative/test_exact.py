@@ -3,6 +3,7 @@ for token. Three well-known bugs are planted; each must be refused by the same t
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -76,24 +77,29 @@ def test_joint_distribution_is_the_target_s_by_chi_square(gamma, sampler):
     assert p_value(gamma=gamma, sampler=sampler) > 1e-3
 
 
-def trained():
-    path = data_dir() / "gpt-small.safetensors"  # zoo.load would also read the whole standard library
+def trained(name="gpt-small"):
+    path = data_dir() / f"{name}.safetensors"  # zoo.load would also read the whole standard library
     if not path.exists():
-        pytest.skip("gpt-small is not here: effkit train gpt-small")
-    return effkit.load(path).float()
+        pytest.skip(f"{name} is not here: effkit train {name}")
+    return Fused()(effkit.load(path).float())
 
 
 REAL = {"top-k": Sampler(temperature=0.7, top_k=20), "nucleus": Sampler(temperature=0.7, top_p=0.8)}
 WAYS = {"a line of 1": Speculative(EarlyExit(0.5), gamma=1), "a line of 2": Speculative(EarlyExit(0.5), gamma=2),
         "a tree": SpeculativeTree(EarlyExit(0.5), branching=(2, 2))}  # fmt: skip
+PAIRS = {"its own first half": ("gpt-small", None), "the shipped pair": ("gpt-target", "gpt-draft-distilled")}
 
 
 @torch.no_grad()
-def real_p_value(n: int = 500, way: str = "a line of 1", sampler: Sampler = REAL["top-k"], new: int = 2) -> float:
-    """Of texts behind a prompt of held-out kind, by gpt-small and its own first half."""
-    target, rng = trained(), torch.Generator().manual_seed(0)
-    ids = torch.tensor([zoo.tokenizer("gpt-small").encode("import os\n\ndef main(").ids])
+def real_p_value(
+    n: int = 500, way: str = "a line of 1", sampler: Sampler = REAL["top-k"], new: int = 2, pair: str = "its own first half"
+) -> float:
+    """Of texts after a prompt of held-out kind."""
+    (name, helper), rng = PAIRS[pair], torch.Generator().manual_seed(0)
+    target, ids = trained(name), torch.tensor([zoo.tokenizer("gpt-small").encode("import os\n\ndef main(").ids])
     guessing = WAYS[way](target)
+    if helper:
+        guessing.decoding.draft = trained(helper)
     made = Counter(tuple(guessing.generate(ids, new, sampler=sampler, rng=rng)[0, ids.shape[1] :].tolist()) for _ in range(n))
     return goodness(made, joint(target, ids, new, sampler), n)
 
@@ -101,8 +107,9 @@ def real_p_value(n: int = 500, way: str = "a line of 1", sampler: Sampler = REAL
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", REAL)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_real_pair_writes_as_its_target_does(way, sampler):
-    assert real_p_value(way=way, sampler=REAL[sampler]) > 1e-3
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_real_pair_writes_as_its_target_does(way, sampler, pair):
+    assert real_p_value(way=way, sampler=REAL[sampler], pair=pair) > 1e-3
 
 
 # the planted bugs
@@ -156,9 +163,10 @@ def test_chi_square_refuses(monkeypatch, where, name, bug):
 
 
 @pytest.mark.slow
-def test_chi_square_on_the_real_pair_refuses_the_bonus_token(monkeypatch):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_chi_square_on_the_real_pair_refuses_the_bonus_token(monkeypatch, pair):
     monkeypatch.setattr(verify, "verify", bonus_after_a_rejection_in_the_last_slot)
-    assert real_p_value() < 1e-6
+    assert real_p_value(pair=pair) < 1e-6
 
 
 class Late(ConcatCache):
@@ -182,6 +190,12 @@ def test_positions_off_by_one_after_a_rollback_are_refused(monkeypatch):
     monkeypatch.setattr(GPT, "new_cache", lambda self, *, capacity: Late(self.rope))
     with pytest.raises(AssertionError):
         test_for_every_gamma_and_length(2, 3)
+
+
+@pytest.mark.slow
+def test_chi_square_on_the_real_pair_refuses_the_temperature_on_one_side(monkeypatch):
+    monkeypatch.setattr(speculate, "DraftModel", OneSided)
+    assert real_p_value(pair="the shipped pair") < 1e-6
 
 
 @pytest.mark.slow
@@ -347,6 +361,14 @@ def test_gamma_that_proposes_nothing_is_refused(gamma):
         speculative_generate(decoder(), decoder(1), text(3), 4, gamma=gamma)
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    model, ids = decoder(), text(3)
+    own = generate(model, ids, 8, sampler=GREEDY)
+    made = speculative_generate(model, decoder(1), ids, np.int64(8), gamma=np.int64(3), sampler=GREEDY, stop=np.int64(own[0, 5]))
+    assert torch.equal(made, generate(model, ids, 8, sampler=GREEDY, stop=int(own[0, 5])))
+    assert torch.equal(Speculative(gamma=np.int64(2))(model).generate(ids, 8, sampler=GREEDY), own)
+
+
 def test_a_draft_of_another_vocabulary_is_refused():
     for draft in (decoder(1, vocab_size=31), decoder(1, vocab_size=64), table(0, vocab=5)):
         with pytest.raises(ValueError, match="the draft has a vocabulary of .* and the target one of 32: p and q"):
@@ -354,7 +376,7 @@ def test_a_draft_of_another_vocabulary_is_refused():
 
 
 def test_several_rows_are_refused():
-    with pytest.raises(ValueError, match="one text at a time, got 2 rows: .* or use model.generate"):
+    with pytest.raises(ValueError, match="one text at a time, got 2 rows: .* use speculative_batch, or model.generate"):
         speculative_generate(decoder(), decoder(1), text(3, rows=2), 4)
 
 
@@ -363,7 +385,7 @@ def test_a_draft_of_too_short_a_context_is_refused():
         speculative_generate(decoder(), decoder(1, context=16), text(10), 10)
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long)])
+@pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long)])
 def test_impossible_prompts_are_refused(ids):
     with pytest.raises(ValueError, match="at least one token"):
         speculative_generate(decoder(), decoder(1), ids, 4)

@@ -18,7 +18,7 @@ from effkit.core.recipe import from_json, to_json
 from effkit.core.task import Task
 from effkit.core.technique import Identity
 from effkit.speculative import heads, verify
-from effkit.speculative.heads import Candidates, Medusa, cartesian, guesses, likeliest, parents_of
+from effkit.speculative.heads import Candidates, Medusa, cartesian, guess, guesses, likeliest, parents_of
 from effkit.speculative.law import statistics
 from effkit.zoo.data import Windows
 from tests.caching.decoders import decoder, text
@@ -267,6 +267,21 @@ def test_the_likeliest_tree_is_the_best_of_all_trees(rows, nodes):
     assert all(path[:-1] in ((), *found[:i]) for i, path in enumerate(found)), "parents first"
     assert set(found) in map(set, trees)
     assert worth(rows, found) == pytest.approx(max(worth(rows, t) for t in trees))
+
+
+@torch.no_grad()
+def test_loss_and_accuracies_place_by_place():
+    """Oracle: each head at each place alone. Head k speaks of the token k + 2 places on, and counts 0.8^k (eq. 1)."""
+    model, ids = decoder(), text(12, rows=2)
+    made = scattered(model, heads=3, branching=(1, 1, 1)).decoding.heads
+    states, losses, hits = model.features(ids), [], []
+    for k, head in enumerate(made):
+        said = [(model.logits(guess(states[row : row + 1, i : i + 1], head))[0, 0], ids[row, i + k + 2]) for row in range(2) for i in range(12 - k - 2)]
+        losses.append(0.8**k * -torch.stack([logits.log_softmax(-1)[token] for logits, token in said]).mean())
+        ranks = [int((logits > logits[token]).sum()) for logits, token in said]
+        hits.append([ranks.count(rank) / len(ranks) for rank in range(5)])
+    assert torch.allclose(heads.head_loss(model)(made, (ids, ids)).double(), sum(losses), atol=1e-5)
+    assert torch.allclose(heads.accuracies(model, made, [(ids, ids)], 5).double(), torch.tensor(hits).double())
 
 
 @pytest.mark.slow

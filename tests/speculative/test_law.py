@@ -149,6 +149,27 @@ def test_what_never_pays_is_tried_again_after_a_while():
     assert sum(chosen) < 60
 
 
+def test_what_was_learned_is_forgotten_where_nothing_is_proposed():
+    adaptive = law.Adaptive(8, cost=0.4)
+    for _ in range(5):
+        adaptive.observe(passes(4, 0))
+    low = adaptive.alpha
+    for _ in range(60):
+        adaptive.observe(passes(0, 0))
+    assert low < 0.3 and adaptive.alpha == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_a_proposal_adds_to_a_pass_makes_it_propose_less():
+    assert [law.linear(0.5)(gamma) for gamma in (0, 1, 4)] == [1, 1.5, 3]
+    proposed = []
+    for extra in (0.0, 0.1, 0.3):
+        adaptive = law.Adaptive(8, 0.1, law.linear(extra))
+        for _ in range(20):
+            adaptive.observe(passes(4, 3))
+        proposed.append(adaptive.choose())
+    assert proposed[0] > proposed[1] > proposed[2]
+
+
 def test_an_expensive_draft_is_tried_now_and_then_and_kept_where_it_is_right():
     """From a cost of 1/2 on, nothing known says: don't. Whoever obeys never learns."""
 

@@ -117,6 +117,12 @@ def test_what_stays_runs_in_order_and_the_model_stays_whole():
     assert result.config.layers == 3 and len(model.blocks) == model.config.layers == 5
 
 
+def test_a_share_is_rounded_to_whole_blocks():
+    model = decoder(layers=4)
+    kept = [len(SkipLayers(share, trials=1, examples=1)(model, texts()).blocks) for share in (0.3, 0.4, 0.6, 0.65)]
+    assert kept == [3, 2, 2, 1]
+
+
 @pytest.mark.parametrize("off", [SkipLayers(skip=()), SkipLayers(skip=0.9)])
 def test_where_nothing_can_go_nothing_changes(off):
     model = decoder(layers=1)

@@ -14,12 +14,24 @@ from effkit.core.task import Task
 from effkit.core.technique import Identity, Pipeline
 from effkit.core.traits import FLOAT_WEIGHTS
 from effkit.quantization import RTN
-from effkit.speculative import SHOWCASE, EarlyExit, PromptLookup, Speculative, lookup
+from effkit.speculative import (
+    SHOWCASE,
+    Eagle,
+    EarlyExit,
+    Jacobi,
+    Lookahead,
+    Medusa,
+    PromptLookup,
+    Speculative,
+    SpeculativeTree,
+    lookup,
+)
 from effkit.speculative.draft import share, tensor_bytes
 from effkit.speculative.law import statistics
 from effkit.speculative.speculate import speculate
 from effkit.zoo.use import Use
 from tests.caching.decoders import decoder, text
+from tests.speculative.cycles import cyclic, learned
 from tests.speculative.worlds import Table, enumerated, joint, largest_gap
 
 GREEDY = Sampler(temperature=0.0)
@@ -126,11 +138,28 @@ def test_a_draft_that_was_masked_keeps_its_mask():
     assert (result.blocks[0].ff.up.weight != 0).all()
 
 
+def test_gamma_that_adapts_proposes_as_little_as_pays():
+    """A copy as draft, said to be cheap, to be dear, and to be dear to verify: the same text from other passes."""
+    model, ids, passes = learned(), cyclic(9)[None], {}
+    for name, settings in {"cheap": dict(cost=0.05), "dear": dict(cost=0.9), "dear to verify": dict(cost=0.05, extra=0.95)}.items():
+        made = Speculative(Identity(), gamma=6, **settings)(model)
+        passes[name] = list(made.decoding.passes(made, ids, 60, sampler=GREEDY))
+        assert torch.equal(torch.cat([step.tokens for step in passes[name]]), generate(model, ids, 60, sampler=GREEDY)[0, 9:])
+    most = {name: [step.proposed for step in steps] for name, steps in passes.items()}
+    assert max(most["cheap"]) == 6 and most["cheap"][0] < 6, "it begins with less, and learns"
+    assert max(most["dear"]) <= 2 and sum(most["dear to verify"]) < sum(most["cheap"])
+    with pytest.raises(ValueError, match="extra is for a gamma that adapts, got extra=0.1 without a cost"):
+        Speculative(extra=0.1)
+
+
 def test_its_claim_is_the_share_of_bytes_that_the_draft_reads():
     model = decoder()
     assert Speculative(Identity()).claim(Speculative(Identity())(model)).value == 1
     half = Speculative(EarlyExit(0.5))(model)
     assert Speculative(EarlyExit(0.5)).claim(half).value == tensor_bytes(half.decoding.draft) / tensor_bytes(model) < 1
+    packed = RTN(bits=4)(model)
+    assert tensor_bytes(packed) == sum(t.nbytes for t in {id(t): t for t in (*packed.parameters(), *packed.buffers())}.values())
+    assert tensor_bytes(packed) > sum(p.nbytes for p in packed.parameters()), "codes are buffers"
 
 
 def test_twice_replaces_the_draft():
@@ -244,18 +273,22 @@ def test_a_decoder_without_blocks_is_refused():
         ("a", 3, ""),
         ("p q r s q r t p q r", 2, "s q"),  # three tokens beat two
         ("a b a", 0, ""),
+        ("a b c a d a", 2, "d a"),  # exactly two behind it are enough
     ],
 )
 def test_lookup_by_hand(words, most, proposed):
     names = sorted(set(words.split()))
-    ids = torch.tensor([names.index(w) for w in words.split()])
-    assert " ".join(names[i] for i in lookup.lookup(ids, most, ngram=3)) == proposed
+    ids = torch.tensor([[names.index(w) for w in words.split()]])
+    assert " ".join(names[i] for i in looked_up(ids, most, 3)) == proposed
+
+
+def looked_up(ids, most, ngram, shortest=1):
+    return lookup.Lookup(ngram, shortest)(ids, most, GREEDY, None).tokens.tolist()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 4))
 def test_lookup_proposes_what_followed_before(tokens, most, ngram):
-    ids = torch.tensor(tokens)
-    made = lookup.lookup(ids, most, ngram=ngram).tolist()
+    made = looked_up(torch.tensor([tokens]), most, ngram)
     assert len(made) <= most
     if made:
         last = tokens[-1]
@@ -284,8 +317,66 @@ def test_lookup_needs_fewer_passes_where_a_text_repeats():
     assert made.passes == 3 and made.acceptance == 1 and made.tokens_per_pass == 9
 
 
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 6), st.lists(st.integers(1, 5), max_size=8))
+def test_lookup_of_a_text_that_grows_is_that_of_the_whole_text(tokens, most, steps):
+    ids, growing, n = torch.tensor([tokens]), lookup.Lookup(3), 1
+    for step in [*steps, len(tokens)]:
+        assert growing(ids[:, :n], most, GREEDY, None).tokens.tolist() == looked_up(ids[:, :n], most, 3)
+        n = min(n + step, len(tokens))
+
+
+def test_lookup_and_another_draft_take_turns():
+    """Matches of two tokens or more are looked up, four at a time; elsewhere a copy proposes two, which are always right."""
+    model, ids = decoder(0, sharpness=4.0), text(6)
+    made = PromptLookup(gamma=4, shortest=2, otherwise=Speculative(Identity(), gamma=2))(model)
+    own, asked = generate(model, ids, 40, sampler=GREEDY)[0], []
+    steps = list(made.decoding.passes(made, ids, 40, sampler=GREEDY))
+    assert torch.equal(torch.cat([ids[0], *(step.tokens for step in steps)]), own)
+    n = 6
+    for step in steps:
+        found = looked_up(own[None, :n], min(4, 46 - n - 1), 3, shortest=2)
+        asked.append(bool(found))
+        assert step.proposed == (len(found) or min(2, 46 - n - 1)) and (found or step.accepted == step.proposed)
+        n += len(step.tokens)
+    assert {True, False} == set(asked)
+    assert PromptLookup().claim(made).value == 5 and PromptLookup().claim(PromptLookup(otherwise=Speculative(gamma=6))(model)).value == 7
+
+
+@pytest.mark.parametrize("other", [Speculative(EarlyExit(0.5), gamma=2), SpeculativeTree(EarlyExit(0.5), (2, 1)), Eagle(steps=0, gamma=2), Medusa(steps=0)])
+def test_who_takes_turns_with_lookup_changes_no_text(other, tmp_path):
+    model, ids = decoder(0, torch.float32, sharpness=4.0), text(6)
+    technique = PromptLookup(gamma=3, shortest=2, otherwise=other)
+    made = technique(model, Task())
+    wanted = generate(model, ids, 30, sampler=GREEDY)
+    assert torch.equal(made.generate(ids, 30, sampler=GREEDY), wanted)
+    effkit.save(made, tmp_path / "model.safetensors")
+    opened = effkit.load(tmp_path / "model.safetensors")
+    seen, first = (statistics(m.decoding.passes(m, ids, 30, sampler=GREEDY)) for m in (opened, made))
+    assert seen == first and from_json(to_json(technique), effkit.techniques()) == technique
+
+
+def test_lookup_in_turns_is_exact():
+    target, ids = (
+        decoder(0, vocab_size=3, layers=2, heads=2, kv_heads=1, d_model=8, d_ff=8),
+        torch.tensor([[0, 1, 2, 0, 1]]),
+    )
+    model = PromptLookup(gamma=2, ngram=2, shortest=2, otherwise=Speculative(EarlyExit(0.5), gamma=1))(target)
+    outcome = enumerated(lambda: tuple(model.generate(ids, 3)[0, 5:].tolist()))
+    assert sum(outcome.values()) == pytest.approx(1, abs=1e-9)
+    assert largest_gap(outcome, joint(target, ids, 3, Sampler())) < 1e-9
+
+
+@pytest.mark.parametrize("other", [Jacobi(), Lookahead(), Preallocated(), Speculative(EarlyExit(0.5), cost=0.2)])
+def test_who_cannot_take_turns_is_refused(other):
+    with pytest.raises(ValueError, match="cannot take turns with lookup: take one that proposes a fixed number"):
+        PromptLookup(otherwise=other)(decoder())
+    for bad, message in ((dict(otherwise="gpt-draft"), "otherwise must be a technique"), (dict(shortest=4), "shortest must be .* from 1 to 3, got 4")):
+        with pytest.raises(ValueError, match=message):
+            PromptLookup(**bad)
+
+
 def test_lookup_that_reads_ahead_of_the_match_is_noticed(monkeypatch):
-    monkeypatch.setattr(lookup, "lookup", lambda text, most, ngram: text[:most])
+    monkeypatch.setattr(lookup.Lookup, "start", lambda self, most: 0)
     with pytest.raises(AssertionError):
         test_lookup_by_hand("the cat sat on the", 2, "cat sat")
 
