@@ -29,7 +29,7 @@ class Predict:
 
     def __repr__(self) -> str:
         choice = f" ({', '.join(map(str, self.options))})" if self.options else f" ({self.unit})" if self.unit else ""
-        return f"**Your guess:** {self.ask}{choice}\n\nNo box below? Then write `q.predict(...)` in a cell of your own."
+        return f"**Your guess:** {self.ask}{choice}\n\nNo box below? Then write `{self.question.name}.predict(...)` in a cell of your own."
 
     def _ipython_display_(self) -> None:
         say(repr(self))

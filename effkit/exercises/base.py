@@ -13,6 +13,7 @@ import dis
 import html
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +149,12 @@ class Question:
         self.guess: object = None
         self.attempts, self.passed, self._hinted = kept.attempts, kept.passed, 0
 
+    @property
+    def name(self) -> str:
+        """What the learner calls it: notebooks hold several, and are told `third.hint()` by the third."""
+        mine = (name for name, value in vars(sys.modules["__main__"]).items() if value is self)
+        return next((name for name in mine if not name.startswith("_")), "q")  # _ and _12 are what cells returned
+
     def __repr__(self) -> str:
         return f"{self.exercise.prompt}\n\n```python\n{self.exercise.stub}```"
 
@@ -158,7 +165,7 @@ class Question:
         """Keeps a guess, to be compared by `observe` and drawn by plots.guess; None is no guess yet."""
         self.guess = value
         if value is None:
-            return Note("No guess yet: `q.predict(your number)`, then run the cells below.")
+            return Note(f"No guess yet: `{self.name}.predict(your number)`, then run the cells below.")
         record(self.exercise.name, "predict")
         return Note(f"Your guess, {legible(value)}, is kept.")
 
@@ -171,7 +178,7 @@ class Question:
 
     def check(self, function: Callable, *, seed: int | None = None) -> Result:
         """Grades the learner's own function and raises nothing. Cases are drawn afresh unless a seed is given."""
-        result = grade(self.exercise, function, seed=seed)
+        result = grade(self.exercise, function, seed=seed, called=self.name)
         if result.status != "unattempted":
             self.attempts, self.passed = self.attempts + 1, self.passed or bool(result)
             record(self.exercise.name, "check", result.status)
@@ -188,42 +195,45 @@ class Question:
         """A correct answer, after a pass or three attempts, or with reveal=True."""
         if not (self.passed or self.attempts >= ATTEMPTS or reveal):
             left = ATTEMPTS - self.attempts
-            return Note(f"Locked until you pass, or try {left} more times; `q.solution(reveal=True)` opens it now.")
+            return Note(f"Locked until you pass, or try {left} more times; `{self.name}.solution(reveal=True)` opens it now.")
         record(self.exercise.name, "solution")
         source = inspect.getsource(self.exercise.reference)
         return Note(f"```python\n{textwrap.dedent(source)}```\n\n{self.exercise.after}")
 
 
-def grade(exercise: Exercise, function: Callable, *, seed: int | None = None) -> Result:
-    """Tries the checks in order until one refuses; the global random state stays as it was."""
+def grade(exercise: Exercise, function: Callable, *, seed: int | None = None, called: str = "q") -> Result:
+    """Tries the checks in order until one refuses; the global random state stays as it was.
+
+    called   what the learner calls the question
+    """
     if not callable(function):
-        how = f"pass the function itself, as in q.check({exercise.reference.__name__}), not what it returns"
+        how = f"pass the function itself, as in {called}.check({exercise.reference.__name__}), not what it returns"
         return Result(exercise.name, "error", message=f"{legible(function)} is no function: {how}")
     seed = torch.Generator().seed() if seed is None else seed
     findings: list[Finding] = []
     if _is_empty(function):
-        return _unattempted(exercise)
+        return _unattempted(exercise, called)
     with kept_random_state():
         for check in exercise.checks:
             try:
                 refusal = check.look(function, exercise.reference, torch.Generator().manual_seed(seed))
             except Exception as error:  # noqa: BLE001  (whatever the learner's code raises is his grade, not our crash)
-                return _stopped(exercise, check, error, findings)
+                return _stopped(exercise, check, error, findings, called)
             findings.append(Finding(check.name, *(refusal or ())))
             if refusal:
-                return Result(exercise.name, "fail", tuple(findings), "q.hint() helps, one level a call.")
+                return Result(exercise.name, "fail", tuple(findings), f"{called}.hint() helps, one level a call.")
     return Result(exercise.name, "pass", tuple(findings), exercise.after)
 
 
-def _stopped(exercise: Exercise, check: Check, error: Exception, findings: list[Finding]) -> Result:
+def _stopped(exercise: Exercise, check: Check, error: Exception, findings: list[Finding], called: str) -> Result:
     if isinstance(error, Unattempted) or _raised_by_hand(error):
-        return _unattempted(exercise)
+        return _unattempted(exercise, called)
     message = f"In the check “{check.name}”:\n{own_traceback(error, call)}"
     return Result(exercise.name, "error", tuple(findings), message)
 
 
-def _unattempted(exercise: Exercise) -> Result:
-    todo = f"write {exercise.reference.__name__} in the cell above, run that cell, then this one; q.hint() helps."
+def _unattempted(exercise: Exercise, called: str) -> Result:
+    todo = f"fill in {exercise.reference.__name__}, run its cell and then this check; {called}.hint() helps."
     return Result(exercise.name, "unattempted", message=f"Not attempted yet: {todo}")
 
 
