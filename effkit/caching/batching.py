@@ -11,7 +11,8 @@ Law       Greedy answers are what `generate` writes for each request alone. For 
           needs at most max(n) more (Graham 1969, doi:10.1137/0117039); batches of r need the sum of their maxima.
 Time      A clock goes on by what each pass took, measured or by a formula, and jumps to the next arrival where nothing
           is to be done: a stream of an hour is served as quickly as its passes run.
-Left out  Time outside the passes; prompts and answers in one pass (Sarathi, arXiv:2308.16369); sampling; stop tokens.
+Left out  Time outside the passes; prompts and answers in one pass (Sarathi, arXiv:2308.16369); sampling; stop tokens. Under
+          either policy each prompt is read in passes of its own; a static server pads its prompts and reads them together.
 Source    Yu et al. 2022, "Orca: a distributed serving system for transformer-based generative models", OSDI.
 """
 
@@ -31,10 +32,11 @@ from effkit.caching.paged import PagedCache, PagesExhausted, Pool, Table, pages_
 from effkit.caching.prefix import PrefixCache
 from effkit.caching.streams import Request
 from effkit.core.checks import require_choice, require_float, require_int
-from effkit.core.generation import Cache, Sampler, check_prompt
+from effkit.core.generation import Cache, check_prompt
 from effkit.measure.latency import synchronize
 
-POLICIES, GREEDY = ("continuous", "static"), Sampler(temperature=0.0)
+POLICIES, NO_TOKEN = ("continuous", "static"), -1
+NO_NUMBERS = "the model's logits hold NaN for this request: look for NaN or infinity in the weights, an embedding's among them"
 Run = Callable[[], Tensor]
 #: runs a pass over so many rows with so many tokens each; its result, and the seconds that it took
 Clock = Callable[[Run, int, int], tuple[Tensor, float]]
@@ -56,7 +58,7 @@ def modelled(*, pass_s: float, token_s: float) -> Clock:
 @dataclass(frozen=True)
 class Reply:
     """What a request got, and when, in seconds; refused: why it got nothing; reused: tokens of its prompt that were not
-    computed, because others had begun alike."""
+    computed, because others had begun alike. What it computed itself before it gave its pages back is not among them."""
 
     arrival: float
     tokens: tuple[int, ...] = ()
@@ -102,6 +104,8 @@ class Row:
     first: float = math.nan
     done: float = math.nan
     reused: int = 0
+    found: int = 0  # tokens that its table held when it was let in
+    refused: str = ""
 
     @property
     def end(self) -> int:
@@ -110,7 +114,7 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        return len(self.ids) == self.end
+        return bool(self.refused) or len(self.ids) == self.end
 
     @property
     def behind(self) -> int:
@@ -118,6 +122,8 @@ class Row:
         return len(self.ids) - self.table.length
 
     def reply(self) -> Reply:
+        if self.refused:
+            return Reply(self.request.arrival, done=self.done, refused=self.refused)
         answer = tuple(self.ids[len(self.request.prompt) :])
         return Reply(self.request.arrival, answer, self.first, self.done, reused=self.reused)
 
@@ -133,8 +139,8 @@ def serve(
     prefill_chunk  tokens of prompts that are read between two passes over the answers; None: all there are
     prefix         whether prompts share what they begin with
 
-    A request that is empty, too long for the model or the pool, or has unknown tokens, is refused in its reply. Raises
-    ValueError for settings that are none.
+    A request that is empty, too long for the model or the pool, has unknown tokens, or comes to logits that are no numbers,
+    is refused in its reply. Raises ValueError for settings that are none.
     """
     if not hasattr(model, "rope"):
         how = "take one that generates, such as effkit.zoo.load('gpt-small')"
@@ -218,7 +224,7 @@ class Engine:
         """Reads prompts, as much of them as may be, then writes one token in each row that has read its own."""
         budget = self.chunk
         while budget > 0 and (row := next((r for r in self.rows if r.behind > 1), None)):
-            if row.table.length == row.reused:  # others may have begun alike since it was let in
+            if row.table.length == row.found:  # others may have begun alike since it was let in
                 self.recall(row)
             budget -= self.feed([row], min(row.behind, budget))
         ready = [row for row in self.rows if row.behind == 1 and (self.static or not row.complete)]
@@ -241,14 +247,15 @@ class Engine:
         return n
 
     def write(self, row: Row, token: int) -> None:
+        if not row.complete:
+            row.done, row.refused = self.now, NO_NUMBERS if token == NO_TOKEN else ""
         if row.complete:  # but its batch goes on: computed for nothing
-            row.table.truncate(row.end - 1)
+            row.table.truncate(len(row.ids) - 1)
             return
         if math.isnan(row.first):
             row.first = self.now
             self.remember(row)
         row.ids.append(token)
-        row.done = self.now
 
     def leaving(self) -> list[Row]:
         """Takes out the rows that are complete; of a static batch all at once, or none."""
@@ -257,7 +264,8 @@ class Engine:
             return []
         self.rows = [row for row in self.rows if not row.complete]
         for row in gone:
-            self.remember(row)
+            if not row.refused:
+                self.remember(row)
             row.table.truncate(0)
         return gone
 
@@ -271,7 +279,9 @@ class Engine:
     def recall(self, row: Row) -> None:
         if self.prefix:
             row.table = self.prefix.match(row.ids[:-1])
-            row.reused = row.table.length
+            row.found = row.table.length
+            if math.isnan(row.first):  # from then on the tree knows the row's own prompt
+                row.reused = row.found
 
     def remember(self, row: Row) -> None:
         if self.prefix:
@@ -279,10 +289,11 @@ class Engine:
 
 
 def next_tokens(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Int[Tensor, " b"]:
-    """What each row goes on with; the logits behind its other tokens are not computed where the model lets them be."""
-    if hasattr(model, "features") and hasattr(model, "logits"):
-        return GREEDY.draw(model.logits(model.features(ids, cache)[:, -1:])[:, 0], None)  # type: ignore[operator]
-    return GREEDY.draw(model(ids, cache)[:, -1], None)
+    """What each row greedily goes on with, NO_TOKEN where its logits hold NaN; the logits behind its other tokens are not
+    computed where the model lets them be."""
+    able = hasattr(model, "features") and hasattr(model, "logits")
+    logits = (model.logits(model.features(ids, cache)[:, -1:]) if able else model(ids, cache))[:, -1]  # type: ignore[operator]
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), NO_TOKEN)
 
 
 def throughput_at_latency(

@@ -162,7 +162,7 @@ static void product_in(const void *w, long outputs, int half, const float *x, lo
     for (; r < mine.to; r++) rows1(w, r, half, x, n, tokens, y + r, wide, add);
 }
 
-/* e^x, to 2 units in the last place: 2^whole * e^rest, |rest| <= log(2) / 2. Loops over it become vectors. */
+/* e^x of -87 to 88, to 2 units in the last place: 2^whole * e^rest, |rest| <= log(2) / 2. Loops over it become vectors. */
 static inline float power(float x) {
     x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
     float whole = rintf(x * 1.44269504f), rest = fmaf(whole, -0.693145752f, x);
@@ -280,37 +280,39 @@ static inline void mix(const void *values, long from, int half, const float *cha
     memcpy(sum, four, sizeof four);
 }
 
-/* Writes keys, rotated, and values of n new tokens behind `held` old ones, and lets the tokens look at all that they may, four at
- * a time. x: (texts, n, (heads + 2 groups) d): queries, keys, values, as `project` leaves them; keys, values: (texts, groups,
- * room, d); mask: (n, held + n), or NULL for causal; out: (texts, n, heads d); scratch: texts * heads * 4 * (held + n + d) floats */
+/* Writes keys, rotated, and values of n new tokens of text b behind its held[b] old ones, and lets the tokens look at all that they
+ * may, four at a time. x: (texts, n, (heads + 2 groups) d): queries, keys, values, as `project` leaves them; cosine, sine: (n, d),
+ * one behind the other for each text where `ragged`; keys, values: (texts, groups, room, d); mask: (n, held[0] + n), or NULL for
+ * causal; out: (texts, n, heads d); scratch: texts * heads * 4 * (d + n + the largest of held) floats */
 static void attend_in(const float *x, const float *cosine, const float *sine, void *keys, void *values, const uint8_t *mask, float *scratch,
-                      float *out, long texts, long heads, long groups, long n, long held, long room, long d, int half) {
-    long m = held + n, all_heads = heads + 2 * groups;
+                      float *out, long texts, long heads, long groups, long n, const long *held, int ragged, long room, long d, int half) {
+    long most = 0, all_heads = heads + 2 * groups;
+    for (long b = 0; b < texts; b++) most = held[b] + n > most ? held[b] + n : most;
     Share mine = share(texts * groups, 1);
     for (long g = mine.from; g < mine.to; g++)
-        for (long i = 0; i < n; i++) {
-            const float *key = x + ((g / groups * n + i) * all_heads + heads + g % groups) * d, *value = key + groups * d;
-            float *turned = scratch + g * 4 * (m + d);
-            rotate(key, cosine + i * d, sine + i * d, d, turned);
-            for (long c = 0; c < d; c++) put(keys, (g * room + held + i) * d + c, turned[c], half);
-            for (long c = 0; c < d; c++) put(values, (g * room + held + i) * d + c, value[c], half);
+        for (long i = 0, b = g / groups, at = ragged ? b * n * d : 0; i < n; i++) {
+            const float *key = x + ((b * n + i) * all_heads + heads + g % groups) * d, *value = key + groups * d;
+            float *turned = scratch + g * 4 * (most + d);
+            rotate(key, cosine + at + i * d, sine + at + i * d, d, turned);
+            for (long c = 0; c < d; c++) put(keys, (g * room + held[b] + i) * d + c, turned[c], half);
+            for (long c = 0; c < d; c++) put(values, (g * room + held[b] + i) * d + c, value[c], half);
         }
 #pragma omp barrier
     mine = share(texts * heads, 1);
     for (long r = mine.from; r < mine.to; r++) {
-        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d;
-        float *score = scratch + r * 4 * (m + d), *query = score + 4 * m;
+        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d, m = held[b] + n, at = ragged ? b * n * d : 0;
+        float *score = scratch + r * 4 * (most + d), *query = score + 4 * m;
         for (long i = 0; i < n; i += 4) {
             long some = n - i < 4 ? n - i : 4, j = 0, c = 0;
             float *place = out + ((b * n + i) * heads + h) * d;
             for (long t = 0; t < some; t++) {
-                rotate(x + ((b * n + i + t) * all_heads + h) * d, cosine + (i + t) * d, sine + (i + t) * d, d, query + t * d);
+                rotate(x + ((b * n + i + t) * all_heads + h) * d, cosine + at + (i + t) * d, sine + at + (i + t) * d, d, query + t * d);
                 for (c = 0; c < d; c++) query[t * d + c] /= sqrtf((float)d);
             }
             for (; j + 4 <= m; j += 4) rows4(keys, from / d + j, half, query, d, some, score + j, m, 0);
             for (; j < m; j++) rows1(keys, from / d + j, half, query, d, some, score + j, m, 0);
             memset(score + some * m, 0, (4 - some) * m * sizeof *score);
-            for (long t = 0; t < some; t++) chances(score + t * m, m, mask ? mask + (i + t) * m : NULL, held + i + t);
+            for (long t = 0; t < some; t++) chances(score + t * m, m, mask ? mask + (i + t) * m : NULL, held[b] + i + t);
             Four all = sums(score, m);
             for (c = 0; c + LANES <= d; c += LANES) {
                 Vector sum[4];
@@ -332,10 +334,11 @@ static void attend_in(const float *x, const float *cosine, const float *sine, vo
 }
 
 /* All blocks, in one region: waking threads costs more than what a small block has to do. weights: nine a block; sizes: queries,
- * keys, hidden; eps: two a block; kept: keys and values a block. room: for the largest block tokens * (2 queries + 2 keys) floats,
+ * keys, hidden; eps: two a block; kept: keys and values a block; held: tokens of each text. room: for the largest block tokens * (2 queries + 2 keys) floats,
  * and what the parts above call scratch */
 void blocks(long count, const void **weights, const long *sizes, const float *eps, void **kept, const float *cosine, const float *sine,
-            const uint8_t *mask, float *x, float *room, long texts, long n, long held, long capacity, long d, long width, int half, int threads) {
+            const uint8_t *mask, float *x, float *room, const long *held, int ragged, long texts, long n, long capacity, long d, long width, int half,
+            int threads) {
     long tokens = texts * n;
 #pragma omp parallel num_threads(threads)
     for (long l = 0; l < count; l++) {
@@ -344,7 +347,7 @@ void blocks(long count, const void **weights, const long *sizes, const float *ep
         float *qkv = room, *seen = qkv + tokens * (queries + 2 * keys), *scratch = seen + tokens * queries;
         project_in(x, w[0], eps[2 * l], w[1], w[2], w[3], queries, keys, width, tokens, half, scratch, qkv);
 #pragma omp barrier
-        attend_in(qkv, cosine, sine, kept[2 * l], kept[2 * l + 1], mask, scratch, seen, texts, queries / d, keys / d, n, held, capacity, d, half);
+        attend_in(qkv, cosine, sine, kept[2 * l], kept[2 * l + 1], mask, scratch, seen, texts, queries / d, keys / d, n, held, ragged, capacity, d, half);
 #pragma omp barrier
         finish_in(x, seen, w[4], queries, w[5], eps[2 * l + 1], w[6], w[7], w[8], hidden, width, tokens, half, scratch);
 #pragma omp barrier

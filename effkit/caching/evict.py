@@ -9,13 +9,16 @@ Idea      Keep those that will be looked at. Which are they?
 Places    Keys keep the places they had in the text. In Window a sink is never farther from a query than sinks + window - 1,
           as if the tokens between had not been: the query is rotated twice, for the sinks at that place.
 Heads     Query heads that share a key-value head throw away together: their attention is added up.
-What came Bits a token more where each sees 64 of up to 1,022 before it (`effkit study caching`). SmolLM2-135M: sliding window
-          1.79, with one sink .43, H2O .65, by the mean .28. gpt-small, which has no sinks: sliding .48, H2O .73, by the mean
-          .54. Attention is not all: by the mean H2O keeps more of it than a sliding window on gpt-small, and still loses
-          more. SnapKV behind a prompt of 768 of which 64 stay: .25 on either, without smoothing .23 and .29.
+What came Bits a token more where each sees 64 of up to 1,023 tokens, itself among them, and with H2O 64 and itself (`effkit
+          study caching`). SmolLM2-135M: sliding window 1.79, with one sink .43, H2O .65, by the mean .28. gpt-small, which
+          has no sinks: sliding .48, H2O .73, by the mean .54. SnapKV behind a prompt of 768 of which 64 stay: .25 on either,
+          without smoothing .23 on SmolLM2-135M and .29 on gpt-small.
 Limit     H2O goes token by token once its budget is full. SnapKV takes the first pass for the prompt, so a prompt that is cut
           in two is compressed otherwise, and so is one of a single token behind which more is proposed than the budget.
-Left out  Budgets that differ between layers or heads (PyramidKV, Ada-KV); merging instead of throwing away.
+          Whatever is taken back of that pass, the rest is no prompt any more and stays whole.
+Left out  Budgets that differ between layers or heads (PyramidKV, Ada-KV); merging instead of throwing away. SnapKV's voters
+          are the last tokens of the first pass, and `generate` reads a prompt without its last token: that one never votes.
+          Every layer holds the whole prompt until the next pass; Li et al. compress one layer after another.
 Source    Xiao et al. 2023, arXiv:2309.17453, section 3.2; Zhang et al. 2023, arXiv:2306.14048, algorithm 1; Li et al.
           2024, arXiv:2404.14469, section 4.
 """
@@ -158,6 +161,9 @@ class H2OCache(LossyCache):
     def least(self) -> int:
         return self.folded
 
+    def move(self, start, index):
+        self.truncate(start + len(index))  # no tree, so the first of a line stay
+
     def cut(self, gone):
         super().cut(gone)
         if not self.length:
@@ -193,10 +199,11 @@ class SnapKVCache(LossyCache):
         super().__init__(rope)
         self.budget, self.window, self.kernel = budget, window, kernel
         self.chosen: list[Int[Tensor, "b g k"]] = []  # of each layer, until they alone are held
-        self.prompt = 0  # tokens of it, where some of them went
+        self.prompt = 0  # tokens of it, once some of them have gone
 
     def advance(self, n, parents=None, *, device=None, dtype=torch.float32):
         positions = super().advance(n, parents, device=device, dtype=dtype)
+        self.prompt = self.length - n if self.chosen else self.prompt
         for layer, index in enumerate(self.chosen):
             self.keys[layer], self.values[layer] = of_heads(self.keys[layer], index), of_heads(self.values[layer], index)
         self.chosen = []
@@ -209,7 +216,6 @@ class SnapKVCache(LossyCache):
             best = votes(q[:, :, -self.window :], k, kernel=self.kernel).topk(self.budget - self.window).indices.sort().values
             newest = torch.arange(self.length - self.window, self.length, device=k.device)
             self.chosen.append(torch.cat((best, newest.expand(*best.shape[:2], -1)), dim=2))
-            self.prompt = self.length
         mask = None if self.mask is None else self.mask[:, -keys.shape[2] :]
         return attention(q, keys, values, mask)
 
@@ -218,8 +224,11 @@ class SnapKVCache(LossyCache):
 
     def cut(self, gone):
         super().cut(gone)
-        if not self.length:
-            self.chosen, self.prompt = [], 0
+        self.chosen, self.prompt = [] if gone else self.chosen, self.prompt if self.length else 0
+
+    def move(self, start, index):
+        super().move(start, index)
+        self.chosen = self.chosen if len(index) == self.fed else []
 
 
 @dataclass(frozen=True)
@@ -266,7 +275,8 @@ class H2O(LossyKV):
         require_choice("score", self.score, ("sum", "mean"))
 
     def claim(self, model: nn.Module) -> Reading:
-        return Reading(self.budget, "tokens kept at most", "counted", better="lower")
+        """What a query sees besides itself. The cache holds BACK + 1 tokens more, which may be taken back, and its last pass."""
+        return Reading(self.budget, "past tokens seen at most", "counted", better="lower")
 
 
 @dataclass(frozen=True)

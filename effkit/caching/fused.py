@@ -7,8 +7,8 @@ Idea      One kernel from the residual stream to queries, keys and values, one f
 Exact     A number is summed in the same order however many tokens pass, so that a block of tokens gives bit for bit what
           one by one gives, and greedy speculation is identical in bfloat16, too: for one text of its own cache and at
           most 63 proposals a pass, for what is longer goes another way. Up to the last norm, the stream is float32.
-Limit     Few tokens: from some 64 on, a library's products are better. Layers that are no plain nn.Linear, hooks, those
-          who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
+Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows. Layers that are no plain
+          nn.Linear, hooks, those who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
           nondeterminism in LLM inference" (kernels that do not depend on the batch).
 """
@@ -40,7 +40,7 @@ _SOURCE = Path(__file__).with_name("decoder.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _P, _P],
-    "blocks": [_L, *[_P] * 9, *[_L] * 6, _I, _I],
+    "blocks": [_L, *[_P] * 9, _P, _I, *[_L] * 5, _I, _I],
     "last_norm": [_P, _P, _I, _F, _L, _L],
     "product": [_P, _P, *[_L] * 3, _I, _I, _P],
     "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _P],
@@ -113,10 +113,11 @@ class FusedCache(PreallocatedCache):
         (texts, n, width), d = stream.shape, self.rope.head_dim
         self.find(plan, stream, dtype)
         cosine, sine = (t.float() for t in self.tables)
-        mask = None if self.mask is None else self.mask.contiguous()
+        ragged, starts = self.lengths is not None, [self.length - n] * texts if self.lengths is None else (self.lengths - n).tolist()
+        mask = None if ragged or self.mask is None else self.mask.contiguous()  # of rows of unequal length each looks back on its own
         room = stream.new_empty(plan.room(texts, n, width, self.length, d))
         library.blocks(
-            len(plan.sizes), *plan.arrays, plan.kept, *pointers(cosine, sine, mask, stream, room), texts, n, self.length - n,
+            len(plan.sizes), *plan.arrays, plan.kept, *pointers(cosine, sine, mask, stream, room), (_L * texts)(*starts), ragged, texts, n,
             plan.held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
 
@@ -129,6 +130,8 @@ class FusedCache(PreallocatedCache):
         plan.held = []  # so that what is outgrown goes as soon as it is copied
         held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
         if any(buffer.dtype != dtype for buffer in held):
+            n = stream.shape[1]  # the pass has not happened
+            self.length, self.lengths = self.length - n, None if self.lengths is None else self.lengths - n
             raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
         plan.held, plan.kept = held, (_P * (2 * len(held)))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
 
@@ -218,22 +221,22 @@ def untouched(layer: Any) -> bool:
     return kind and readable(layer.weight) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
-_plans: WeakKeyDictionary[Cache, dict[torch.dtype, Plan | None]] = WeakKeyDictionary()  # a copied cache begins anew
+_plans: WeakKeyDictionary[Cache, dict[tuple[torch.dtype, int], Plan | None]] = WeakKeyDictionary()  # a copied cache begins anew
 
 
 def planned(model: nn.Module, x: Float[Tensor, "b n d"], cache: Cache) -> Plan | None:
     """The model's plan, made at the first pass with this cache: looking at every layer again would take longer than the
     kernels. Whoever hangs a hook into a model, or replaces its last norm or a layer of a block, in the middle of a text begins it anew."""
-    known = _plans.setdefault(cache, {})
-    plan = known.get(x.dtype)
-    if x.dtype not in known or (plan and not plan.good(model)):
-        plan = known[x.dtype] = Plan.of(model, x.dtype, x.shape[-1], cache.rope.head_dim)
+    known, kind = _plans.setdefault(cache, {}), (x.dtype, x.shape[-1])
+    plan = known.get(kind)
+    if kind not in known or (plan and not plan.good(model)):
+        plan = known[kind] = Plan.of(model, *kind, cache.rope.head_dim)
     return plan
 
 
 def through(library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n d"], dtype: torch.dtype, cache: Cache) -> None:
     """All blocks, in place on the residual stream: by one call, or around the attention of a cache of another kind."""
-    if isinstance(cache, FusedCache) and cache.lengths is None:
+    if isinstance(cache, FusedCache):
         return cache.run(library, plan, stream, dtype)
     (rows, n, width), d = stream.shape, cache.rope.head_dim
     tokens, how = rows * n, (dtype == torch.bfloat16, torch.get_num_threads())

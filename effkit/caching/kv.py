@@ -5,8 +5,8 @@ Problem   Without a cache, every token costs a pass over the whole text; with on
 Idea      Reserve room for the whole text at once and write each new row in place. Where the text outgrows the room,
           double it: n tokens then cost less than 2n copied rows, instead of n^2 / 2.
 Cost      Memory for the whole capacity from the first token on, used or not.
-Left out  Rows of unequal length; throwing keys away; fewer bits; pages instead of one piece (Kwon et al. 2023,
-          arXiv:2309.06180), which large servers need because they cannot know the capacity in advance.
+Left out  Throwing keys away (evict.py); fewer bits (quantized.py); pages instead of one piece (paged.py), which large servers
+          need because they cannot know the capacity in advance.
 Source    Shazeer 2019, arXiv:1911.02150, section 2.4.
 """
 
@@ -61,6 +61,9 @@ class PreallocatedCache(Cache):
             keys.scatter_(2, slots, k)
             values.scatter_(2, slots, v)
         return attention(q, keys[:, :, : self.length], values[:, :, : self.length], self.mask)
+
+    def texts(self):
+        return self.buffers[0].shape[1] if self.buffers else None
 
     def move(self, start: int, index: Int[Tensor, " k"]) -> None:
         for buffer in self.buffers:

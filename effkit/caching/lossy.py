@@ -11,6 +11,7 @@ Left out  Rows of unequal length. In place of concatenation, which copies what i
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from effkit.caching.kv import set_kv
 from effkit.core.checkpoint import stored
+from effkit.core.checks import require_choice
 from effkit.core.generation import Cache, ConcatCache
 from effkit.core.task import Task
 from effkit.core.technique import Technique
@@ -45,6 +47,11 @@ def mixed(p: Float[Tensor, "b g r n m"], v: Float[Tensor, "b g m d"]) -> Float[T
 
 class LossyCache(ConcatCache):
     """Keys and values of tokens of which some, or some of whose digits, have gone; the last columns are the newest."""
+
+    kinds: ClassVar[dict[str, type["LossyCache"]]] = {}  # by name, as files say it
+
+    def __init_subclass__(cls):
+        LossyCache.kinds[cls.__name__] = cls
 
     def least(self) -> int:
         """The shortest text, besides none at all, that it can be taken back to."""
@@ -74,7 +81,7 @@ class LossyCache(ConcatCache):
                 raise ValueError(f"the rows of a {name} have one length, got {rows.tolist()}: {how}")
             n = int(rows[0])
         if 0 < n < min(self.least(), self.length):
-            how = f"feed the text to a new one, or propose at most {BACK} tokens at a time"
+            how = f"feed the text to a new one; a draft of up to {BACK} tokens can always be taken back"
             raise ValueError(f"this {name} can be taken back to {self.least()} tokens and not to {n}, what they saw is gone: {how}")
         before = self.length
         Cache.truncate(self, n)
@@ -113,8 +120,8 @@ class Keeping(nn.Module):
         self.kind, self.settings = kind, settings
 
     def new(self, model: nn.Module, *, capacity: int) -> Cache:
-        kinds = {kind.__name__: kind for kind in LossyCache.__subclasses__()}
-        return kinds[self.kind](model.rope, **self.settings)  # type: ignore[arg-type]
+        require_choice("kind", self.kind, LossyCache.kinds, hint="import the module that defines it before its cache is made")
+        return LossyCache.kinds[self.kind](model.rope, **self.settings)  # type: ignore[arg-type]
 
 
 class LossyKV(Technique, ABC):

@@ -5,7 +5,8 @@ Problem   Nobody knows how long an answer will be. Room for the longest is reser
 Idea      Cut the room into pages of a few tokens. A text holds a table of pages, in any order, wherever one was free:
           token i lies in page table[i // page_size], at i % page_size. A page knows how many tables name it, so texts
           can share it until one of them has to write into it and takes a copy.
-Bound     Only a text's last page is partly empty: at most page_size - 1 tokens of waste a text, however long it gets.
+Bound     Only a text's last page is partly empty: at most page_size - 1 tokens of waste a text, however long it gets. That is
+          said of the pages that texts name: a pool that grows doubles, so that it may be half empty, and never shrinks.
 Cost      Attention wants keys in one piece: here the pages of a pass are copied together before each layer's attention,
           all that was kept written once more and read once more. GPUs have kernels that read through the table instead.
 Left out  Swapping pages out to slower memory; sharing of equal pages that were not forked (prefix.py finds them).
@@ -140,15 +141,18 @@ class Pool:
 
 
 class Table:
-    """One text's pages in order. It gives them back when it is dropped."""
+    """One text's pages in order. It gives them back when it is dropped.
 
-    def __init__(self, pool: Pool, pages: list[int] | None = None, length: int = 0):
-        self.pool, self.pages, self.length = pool, pages or [], length
+    rope   of the model whose keys lie in them; None: of nobody's yet
+    """
+
+    def __init__(self, pool: Pool, pages: list[int] | None = None, length: int = 0, rope: Rope | None = None):
+        self.pool, self.pages, self.length, self.rope = pool, pages or [], length, rope
 
     def fork(self) -> "Table":
         """A second text that so far is the same; no page is copied."""
         self.pool.share(self.pages)
-        return Table(self.pool, list(self.pages), self.length)
+        return Table(self.pool, list(self.pages), self.length, self.rope)
 
     def truncate(self, n: int) -> None:
         """Forgets from token n on and gives back the pages behind."""
@@ -189,6 +193,8 @@ class PagedCache(Cache):
 
     def __init__(self, rope: Rope, pool: Pool, rows: list[Table] | None = None):
         super().__init__(rope)
+        if any(table.pool is not pool for table in rows or []):
+            raise ValueError("a row's pages lie in another pool than this cache's: make the cache with the pool of its tables")
         self.pool, self.rows = pool, rows or []
         self._count()
 
@@ -206,6 +212,9 @@ class PagedCache(Cache):
         pages = store.index_select(1, self.blocks.flatten()).unflatten(1, self.blocks.shape)
         keys, values = pages.flatten(2, 3)[:, :, : self.length].transpose(2, 3)
         return attention(q, keys, values, self.mask)
+
+    def texts(self):
+        return len(self.rows) or None
 
     def fork(self, row: int) -> int:
         """One row more that so far is the same as this one, and its number."""
@@ -236,7 +245,7 @@ class PagedCache(Cache):
             slots[:, to] = slots[:, origin]
 
     def nbytes(self) -> int:
-        """Bytes of the pages that its rows name, each once."""
+        """Bytes of the pages that its rows name, each once, full or not; the pool's free pages are nobody's."""
         return len({page for table in self.rows for page in table.pages}) * self.pool.page_bytes()
 
     def _begin(self, k: Float[Tensor, "b g n d"]) -> Int[Tensor, "b n"]:
@@ -247,12 +256,16 @@ class PagedCache(Cache):
                 raise ValueError(f"this cache holds {len(rows)} rows and got {len(k)}: make a new one for another batch")
             if torch.is_grad_enabled() and k.requires_grad:
                 raise ValueError("pages outlive a pass and keep no gradients: call the model under torch.no_grad()")
+            if any(table.length and table.rope not in (None, self.rope) for table in rows):
+                raise ValueError("a row's pages hold keys of another model: give every model tables, and prefix caches, of its own")
             self.pool.fit(k)
             reserve(rows, self.fed)
         except ValueError:
             self._count()
             raise
         self.rows, most = rows, max(len(table.pages) for table in rows)
+        for table in rows:
+            table.rope = self.rope
         # short rows repeat a page of their own, which the mask hides
         padded = [table.pages + table.pages[-1:] * (most - len(table.pages)) for table in rows]
         self.blocks = torch.tensor(padded, device=k.device)

@@ -25,6 +25,7 @@ from itertools import takewhile
 
 from effkit.caching.paged import Pool, Table
 from effkit.core.checks import require_choice, require_int
+from effkit.core.generation import Rope
 
 Block = tuple[int, ...]  # the tokens of one page
 POLICIES = ("lru", "fifo", "belady")
@@ -87,6 +88,7 @@ class PrefixCache:
             raise ValueError("this pool has a prefix cache already: use that one, or make a pool of its own")
         self.pool, self.policy = pool, policy
         self.root, self.now = Node(None, [], [], 0), 0
+        self.rope: Rope | None = None  # of the model whose keys it remembers
         pool.keeper = self
 
     def match(self, ids: Sequence[int]) -> Table:
@@ -94,13 +96,16 @@ class PrefixCache:
         node, _ = self._walk(blocks(ids, self.pool.page_size))
         pages = node.path()
         self.pool.share(pages)
-        return Table(self.pool, pages, len(pages) * self.pool.page_size)
+        return Table(self.pool, pages, len(pages) * self.pool.page_size, self.rope)
 
     def insert(self, ids: Sequence[int], table: Table) -> None:
         """Remembers the whole pages of a text that lies in this table. Of what was known already the table gives its own
         copies back and shares the tree's."""
         if len(ids) > table.length or table.pool is not self.pool:
             raise ValueError(f"the table of this pool holds {table.length} tokens, and {len(ids)} are to be remembered: feed them first")
+        if self.root.children and table.rope not in (None, self.rope):
+            raise ValueError("the table holds keys of another model than this prefix cache: give every model one of its own")
+        self.rope = self.rope if table.rope is None else table.rope
         whole = blocks(ids, self.pool.page_size)
         node, known = self._walk(whole)
         path = node.path()

@@ -12,7 +12,9 @@ What came More bits a token, every one predicted through the cache (`effkit stud
           int4 .19 %, int2 3.2 %, and with keys by token .00, .03 and 4.1; SmolLM2-135M: .00, .32, 7.8; by token .00, .32 and
           19. Of bfloat16's bytes, int8 with residual 1 takes .546 at 1,024 tokens, int4 .34, int2 .22 with residual 32.
 Left out  Zero points that are real numbers: a quarter of a bit more, and with them, rounding before rotation does pay
-          (as in KVQuant: Hooper et al. 2024, arXiv:2401.18079).
+          (as in KVQuant: Hooper et al. 2024, arXiv:2401.18079). KIVI reads a prompt in full precision and rounds it behind
+          it, and lets values leave its residual token by token; here every query sees old blocks rounded, a prompt's too,
+          and values leave in blocks, as keys do.
 Source    Liu et al. 2024, arXiv:2402.02750, section 3.
 """
 

@@ -61,11 +61,13 @@ class Remembering(nn.Module):
         self.capacity, self.threshold = capacity, threshold
         self.inner: nn.Module = Autoregressive()
         self.known: OrderedDict[tuple, tuple[Tensor, Tensor | None]] = OrderedDict()
+        self.weights: list[Tensor] = []  # of the model that wrote it
+        self.state: list[tuple] = []  # and where and what they were then
         self.hits = self.asked = 0
 
     def __getstate__(self) -> dict:
         """A copy remembers nothing: techniques make copies to change them."""
-        return self.__dict__ | {"known": OrderedDict(), "hits": 0, "asked": 0}
+        return self.__dict__ | {"known": OrderedDict(), "weights": [], "state": [], "hits": 0, "asked": 0}
 
     def forward(self, model: nn.Module, ids: Int[Tensor, "b n"], max_new_tokens: int, **settings) -> Int[Tensor, "b m"]:
         if settings.get("sampler", Sampler()).temperature != 0:
@@ -75,8 +77,8 @@ class Remembering(nn.Module):
         return torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
 
     def _answer(self, model: nn.Module, ids: Int[Tensor, "1 n"], new: int, settings: dict) -> Int[Tensor, "1 m"]:
-        weights = sum(p._version for p in model.parameters())  # what training, or any write in place, counts up
-        asked = (new, str({k: v for k, v in settings.items() if k != "rng"}), weights)
+        self._forget_if_changed(model)
+        asked = (new, str({k: v for k, v in settings.items() if k != "rng"}))
         key, point = (tuple(ids[0].tolist()), asked), None if self.threshold is None else meaning(model, ids)
         self.asked += 1
         found = key if key in self.known else self._near(point, asked)
@@ -89,6 +91,13 @@ class Remembering(nn.Module):
         self.hits += 1
         self.known.move_to_end(found)
         return torch.cat((ids, self.known[found][0]), dim=1)
+
+    def _forget_if_changed(self, model: nn.Module) -> None:
+        """Training, or any write in place, counts a version up; a cast or another `data` lies elsewhere, and never where the
+        weights lay that were seen last, for they are held on to."""
+        weights = [*model.parameters(), *model.buffers()]
+        if (state := [(t.data_ptr(), t.dtype, t._version) for t in weights]) != self.state:
+            self.weights, self.state, self.known = [t.detach() for t in weights], state, OrderedDict()
 
     def _near(self, point: Tensor | None, asked: tuple) -> tuple | None:
         """The key of the closest prompt of the same request, if it is close enough."""

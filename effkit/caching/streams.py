@@ -107,4 +107,5 @@ def edits(cut: Cut, rng: Random, longest: int) -> Iterator[list[int]]:
     while True:
         yield file + cut(longest // 8)
         at = int(len(file) * rng.random() ** 0.5)
-        file = (file[:at] + cut(8) + file[at + 8 :])[: longest - longest // 8]
+        new = cut(8)[: len(file) - at]
+        file = file[:at] + new + file[at + len(new) :]

@@ -15,12 +15,15 @@ def attend_last(q: Tensor, keys: Tensor, values: Tensor, *, length: int) -> Tens
 
 
 def buffers(rng: torch.Generator):
-    """By hand first; then buffers whose last rows hold what was left there."""
+    """By hand first; then a score whose exponential overflows, and buffers whose last rows hold what was left there, NaN at last."""
     half = torch.tensor([[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
     yield case(torch.tensor([2.0, 0.0]), half, half, length=2)
+    yield case(torch.tensor([200.0, 0.0]), half, half, length=2)
     for capacity, length, d in ((6, 1, 4), (8, 5, 4), (12, 12, 8)):
         keys, values = 2 * torch.randn(2, capacity, d, generator=rng)
         yield case(torch.randn(d, generator=rng), keys, values, length=length)
+    left = torch.cat((half[:2], torch.full((2, 2), torch.nan)))
+    yield case(torch.randn(2, generator=rng), left, left, length=2)
 
 
 def in_range(answer, given):
@@ -48,6 +51,18 @@ def forgets_the_softmax(q, keys, values, *, length):
     return (keys[:length] @ q / q.shape[0] ** 0.5) @ values[:length]
 
 
+def masks_the_rest(q, keys, values, *, length):
+    """The weights of the rest are 0, and 0 times NaN is NaN."""
+    scores = keys @ q / q.shape[0] ** 0.5
+    return scores.masked_fill(torch.arange(len(keys)) >= length, -torch.inf).softmax(dim=0) @ values
+
+
+def overflows(q, keys, values, *, length):
+    """The softmax as it is written, without the largest score taken off first."""
+    shares = (keys[:length] @ q / q.shape[0] ** 0.5).exp()
+    return shares / shares.sum() @ values[:length]
+
+
 def attend_by_heart(q, keys, values, *, length):
     return torch.tensor([0.8044, 0.1956])
 
@@ -56,7 +71,7 @@ ATTEND_LAST = Exercise(
     name="caching.attend_last",
     prompt="""**One row of attention.** A cache has reserved `keys` and `values`, both of shape (capacity, d), for one
 head; only the first `length` rows are filled, the newest token's own row included. Beyond them stands whatever was in
-memory. Write `attend_last(q, keys, values, length=...)`: the output, of shape (d,), for the newest token's query `q`, of
+memory, even NaN. Write `attend_last(q, keys, values, length=...)`: the output, of shape (d,), for the newest token's query `q`, of
 shape (d,), which is the average of the filled values, weighted by the softmax of $k \\cdot q / \\sqrt d$.""",
     reference=attend_last,
     checks=(
@@ -77,6 +92,8 @@ shape (d,), which is the average of the filled values, weighted by the softmax o
         (forgets_the_newest, "the right numbers"),
         (forgets_to_scale, "the right numbers"),
         (forgets_the_softmax, "an average of the filled rows"),
+        (masks_the_rest, "an average of the filled rows"),
+        (overflows, "an average of the filled rows"),
         (attend_by_heart, "shape and dtype"),
     ),
 )
@@ -354,7 +371,7 @@ def farthest(held: list[int], coming: list[int]) -> int:
 
 
 def requests(rng: torch.Generator):
-    """By hand; then streams in which one page never comes again, and some where all do."""
+    """By hand; then streams in which one page never comes again, one where all do, one where two never do, and the end of all."""
     yield case([3, 1, 2], [1, 3, 1, 2])
     for _ in range(4):
         names = torch.randperm(9, generator=rng).tolist()
@@ -363,6 +380,8 @@ def requests(rng: torch.Generator):
         order = [rest[i] for i in torch.randint(0, 3, (8,), generator=rng).tolist()]
         yield case([held[i] for i in torch.randperm(4, generator=rng).tolist()], [*order, *rest])
     yield case(names[:3], [names[2], names[2], names[0], names[1], names[0]])
+    yield case(names[:4], [names[1], names[3], names[1]])
+    yield case(names[:3], [])
 
 
 def costs_least(answer, given):
@@ -390,6 +409,18 @@ def the_oldest(held, coming):
     return held[0]
 
 
+def uses_up_the_stream(held, coming):
+    """Eats the caller's list, and finds no end where two pages never come again."""
+    left = set(held)
+    while len(left) > 1:
+        left.discard(coming.pop(0))
+    return left.pop()
+
+
+def only_those_that_come(held, coming):
+    return max(held, key=lambda page: coming.index(page) if page in coming else -1)
+
+
 def farthest_by_heart(held, coming):
     return 2
 
@@ -402,7 +433,8 @@ request lies farthest ahead; one that never comes again is farther than all. Wri
 come again, any of them will do.""",
     reference=farthest,
     checks=(
-        checks.not_the_librarys_own("belady", "belady_hits"),
+        checks.not_the_librarys_own("hits", "hit_rate", "next_uses"),
+        checks.input_unchanged(requests),
         checks.holds("no other waits longer", requests, costs_least),
     ),
     hints=(
@@ -416,6 +448,8 @@ come again, any of them will do.""",
         (rarest, "no other waits longer"),
         (last_asked, "no other waits longer"),
         (the_oldest, "no other waits longer"),
+        (uses_up_the_stream, "its input unchanged"),
+        (only_those_that_come, "no other waits longer"),
         (farthest_by_heart, "no other waits longer"),
     ),
 )

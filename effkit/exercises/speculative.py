@@ -2,6 +2,7 @@
 who sees whom in a tree of proposals."""
 
 import operator
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -99,17 +100,24 @@ def tokens_per_pass(alpha: float, gamma: int) -> float:
 
 
 def rates(rng: torch.Generator):
-    """By hand; both ends; and some between."""
+    """By hand; both ends of alpha; no proposal at all; and some between."""
     yield case(0.5, 2)
     yield case(1.0, 4)
     yield case(0.0, 3)
+    yield case(0.6, 0)
     for _ in range(4):
         yield case(torch.rand((), generator=rng).item(), int(torch.randint(1, 9, (), generator=rng)))
 
 
+def a_number(answer, given):
+    """Whole or not: where all is accepted, gamma + 1 is right."""
+    fine = isinstance(answer, Real) or (isinstance(answer, Tensor) and answer.numel() == 1)
+    return None if fine else (answer, "a number, which the function returns")
+
+
 def within_reach(answer, given):
     gamma = given.args[1]
-    return None if 1 - 1e-9 <= answer <= gamma + 1 + 1e-9 else (answer, f"1 to {gamma + 1} tokens")
+    return None if 1 - 1e-9 <= answer <= gamma + 1 + 1e-9 else (answer, f"1 to {gamma + 1} tokens" if gamma else "1 token")
 
 
 def forgets_the_bonus(alpha, gamma):
@@ -122,6 +130,21 @@ def as_if_rejections_did_not_end_it(alpha, gamma):
 
 def accepted_only(alpha, gamma):
     return float(sum(alpha**i for i in range(1, gamma + 1)))
+
+
+def proposes_at_least_once(alpha, gamma):
+    tokens, reach = 1.0, alpha
+    while True:
+        tokens, gamma = tokens + reach, gamma - 1
+        if gamma <= 0:
+            return tokens
+        reach *= alpha
+
+
+def forgets_to_return(alpha, gamma):
+    tokens = 0.0
+    for i in range(gamma + 1):
+        tokens += alpha**i
 
 
 def tokens_by_heart(alpha, gamma):
@@ -137,6 +160,7 @@ alpha from 0 to 1, both included.""",
     reference=tokens_per_pass,
     checks=(
         checks.not_the_librarys_own("expected_tokens"),
+        checks.holds("a number", rates, a_number),
         checks.holds("no fewer than 1, no more than gamma + 1", rates, within_reach),
         checks.equals_reference(rates),
     ),
@@ -147,10 +171,12 @@ alpha from 0 to 1, both included.""",
     ),
     after="A long gamma hardly helps where alpha is small: at 0.5 no gamma gives more than 2 tokens a pass.",
     wrong=(
-        (forgets_the_bonus, "the right numbers"),
+        (forgets_the_bonus, "no fewer than 1"),
         (as_if_rejections_did_not_end_it, "the right numbers"),
         (accepted_only, "no fewer than 1"),
-        (tokens_by_heart, "the right numbers"),
+        (proposes_at_least_once, "no fewer than 1"),
+        (forgets_to_return, "a number"),
+        (tokens_by_heart, "no fewer than 1"),
     ),
 )
 
@@ -163,10 +189,14 @@ def accepted(p: Tensor, q: Tensor, tokens: Tensor, coins: Tensor) -> int:
 
 
 def proposals(rng: torch.Generator):
-    """By hand: the second is rejected, though the third would pass; then longer ones, some accepted throughout."""
+    """By hand: the second is rejected, though the third would pass; all are accepted; a token that the target never writes,
+    with a coin of 0; then longer ones."""
     p = torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1]])
     q = torch.tensor([[0.5, 0.5], [0.8, 0.2], [0.3, 0.7]])
     yield case(p, q, torch.tensor([0, 0, 0]), torch.tensor([0.9, 0.6, 0.5]))
+    yield case(p, q, torch.tensor([1, 1, 0]), torch.tensor([0.9, 0.6, 0.5]))
+    never = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.3, 0.7]])
+    yield case(never, torch.tensor([[0.4, 0.4, 0.2], [0.5, 0.1, 0.4]]), torch.tensor([0, 0]), torch.tensor([0.7, 0.0]))
     for gamma, sharp in ((4, 0.3), (5, 1.0), (3, 2.0), (6, 0.1)):
         p, q = (sharp * torch.randn(2, gamma, 5, generator=rng)).softmax(-1)
         tokens = torch.multinomial(q, 1, generator=rng)[:, 0]
@@ -192,6 +222,16 @@ def greedy(p, q, tokens, coins):
     return int((tokens == p.argmax(-1)).long().cumprod(0).sum())
 
 
+def lets_the_impossible_pass(p, q, tokens, coins):
+    places = torch.arange(len(tokens))
+    return int((coins <= p[places, tokens] / q[places, tokens]).long().cumprod(0).sum())
+
+
+def the_first_that_is_rejected(p, q, tokens, coins):
+    places = torch.arange(len(tokens))
+    return int((coins < p[places, tokens] / q[places, tokens]).long().argmin())  # 0 where there is none
+
+
 def accepted_by_heart(p, q, tokens, coins):
     return 1
 
@@ -200,7 +240,7 @@ ACCEPTED = Exercise(
     name="speculative.accepted",
     prompt="""**How far does a proposal go?** A draft proposed `tokens`, a vector of gamma token numbers, each drawn from its row of
 `q`; the target's distributions at the same places are the rows of `p`, both (gamma, vocabulary). Token i is accepted where
-`coins[i]`, a number drawn from [0, 1), is below p(token) / q(token); the first that is rejected ends the pass, and what lies behind it
+`coins[i]`, a number drawn from [0, 1), is below p(token) / q(token); the first that is rejected ends the pass, and what comes after it
 is not looked at. Write `accepted(p, q, tokens, coins)`: how many tokens are accepted.""",
     reference=accepted,
     checks=(
@@ -220,6 +260,8 @@ is not looked at. Write `accepted(p, q, tokens, coins)`: how many tokens are acc
         (forgets_the_draft, "the right numbers"),
         (upside_down, "the right numbers"),
         (greedy, "the right numbers"),
+        (lets_the_impossible_pass, "the right numbers"),
+        (the_first_that_is_rejected, "the right numbers"),
         (accepted_by_heart, "the right numbers"),
     ),
 )
@@ -232,9 +274,11 @@ def best_gamma(alpha: float, cost: float, *, most: int) -> int:
 
 
 def drafts(rng: torch.Generator):
-    """By hand: a good cheap draft, one that costs more than it gives; then others, no two gammas alike."""
+    """By hand: a good cheap draft, one that costs more than it gives, one for free, one that is never right; then others."""
     yield case(0.8, 0.1, most=8)
     yield case(0.3, 0.5, most=8)
+    yield case(0.7, 0.0, most=6)
+    yield case(0.0, 0.1, most=4)
     for _ in range(5):
         alpha, cost = torch.rand(2, generator=rng).tolist()
         yield case(0.1 + 0.85 * alpha, 0.02 + 0.4 * cost, most=10)
@@ -276,6 +320,10 @@ def while_likely(alpha, cost, *, most):
     return next((g for g in range(most) if alpha ** (g + 1) < 0.5), most)
 
 
+def nothing_for_nothing(alpha, cost, *, most):
+    return best_gamma(alpha, cost, most=most) if cost else 0
+
+
 def gamma_by_heart(alpha, cost, *, most):
     return 5
 
@@ -303,6 +351,7 @@ tokens a unit of time. 0 means: don't speculate.""",
         (at_least_one, "as fast as any"),
         (forgets_the_bonus_token, "as fast as any"),
         (while_likely, "as fast as any"),
+        (nothing_for_nothing, "as fast as any"),
         (gamma_by_heart, "as fast as any"),
     ),
 )
@@ -318,8 +367,9 @@ def sees(parents: list[int]) -> Tensor:
 
 
 def trees(rng: torch.Generator):
-    """By hand: two first tokens, one with two children; then trees grown at random, and a line."""
+    """By hand: two first tokens, one with two children; a line of 8; then trees grown at random, and a deep one."""
     yield case([-1, -1, 0, 0])
+    yield case(list(range(-1, 7)))
     for n in (6, 8, 9):
         yield case([int(torch.randint(-1, max(i, 1), (), generator=rng)) if i else -1 for i in range(n)])
     yield case([-1, 0, 1, 2, 1, 4])
@@ -347,6 +397,15 @@ def only_the_parent(parents):
     for child, parent in enumerate(parents):
         if parent >= 0:
             mask[child, parent] = True
+    return mask
+
+
+def three_levels_up(parents):
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for child, parent in enumerate(parents):
+        for _ in range(3):
+            if parent >= 0:
+                mask[child, parent], parent = True, parents[parent]
     return mask
 
 
@@ -392,6 +451,7 @@ shape (n, n), True where the token of the row sees the proposed token of the col
     wrong=(
         (a_line, "itself, its parent, no sibling"),
         (only_the_parent, "the right numbers"),
+        (three_levels_up, "the right numbers"),
         (looks_down, "itself, its parent, no sibling"),
         (not_itself, "itself, its parent, no sibling"),
         (last_for_first, "itself, its parent, no sibling"),

@@ -62,8 +62,8 @@ class Growing(Proposer):
     def __call__(self, ids, most, sampler, rng):
         tokens, parents, last, chances = ids[0, :0], ids[0, :0], ids.new_tensor([-1]), []
         for width in self.branching[:most] if self.branching else (1,) * most:
-            chosen, q = self.choose(self.behind(ids, tokens, parents, len(last)), width, sampler, rng)
-            chances += q
+            chosen, drawn = self.choose(self.behind(ids, tokens, parents, len(last)), width, sampler, rng)
+            chances += drawn
             tokens, parents = torch.cat((tokens, chosen)), torch.cat((parents, last.repeat_interleave(width)))
             last = torch.arange(len(tokens) - len(chosen), len(tokens), device=ids.device)
         q = torch.cat(chances) if chances else None

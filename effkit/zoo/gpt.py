@@ -137,6 +137,8 @@ class GPT(nn.Module):
         cache = NoCache(self.rope) if cache is None else cache
         if cache.rope is not self.rope:
             raise ValueError("this cache was made by another model; make one with new_cache of the model that reads it")
+        if (rows := cache.texts()) not in (None, len(ids)):
+            raise ValueError(f"this cache holds {rows} rows and got {len(ids)}: make a new one for another batch")
         x = self.embedding(ids)
         cache.advance(ids.shape[1], parents, device=ids.device, dtype=x.dtype)
         return self.running(self, x, cache)

@@ -1,5 +1,6 @@
 """What caches owe to a decoder, the exact ones and, at the end, the lossy ones. A maker is (model, capacity) -> an empty cache."""
 
+import pytest
 import torch
 
 from tests.caching.decoders import assert_equal_logits, chunked, decoder, text
@@ -84,6 +85,50 @@ def what_a_draft_takes_back_leaves_no_trace(maker, length=40, sizes=(9, 1, 1, 1)
     cache.truncate(0)
     assert cache.length == 0
     assert_equal_logits(chunked(model, cache, regrown, [first, 4]), wanted)
+
+
+def taken_back_as_far_as_may_be(maker, least, length=60, first=0, dtype=torch.float64):
+    """To the very token from which all that is seen is still held, and not to the one before it."""
+    model, one, other = decoder(dtype=dtype), text(length, seed=1), text(length + 9, seed=2)
+    cache = maker(model, length)
+    chunked(model, cache, one, [first, *[1] * length])
+    assert cache.least() == least
+    with pytest.raises(ValueError, match=f"can be taken back to {least} tokens and not to {least - 1}"):
+        cache.truncate(least - 1)
+    cache.truncate(least)
+    regrown = torch.cat((one[:, :least], other[:, least:]), dim=1)
+    assert_equal_logits(chunked(model, cache, regrown, [1] * 5), chunked(model, maker(model, length), regrown, [first])[:, least:])
+
+
+@torch.no_grad()
+def a_refused_pass_has_not_happened(maker, length=60, first=0, rows=2, dtype=torch.float64):
+    """Of another number of rows, or with a tree that is none: the text goes on as beside it, taken back in between."""
+    model, ids = decoder(dtype=dtype), text(length, rows=rows)
+    caches = [maker(model, length) for _ in range(2)]
+    for cache in caches:
+        chunked(model, cache, ids[:, : length - 9], [first, length - 20 - first])
+    for wrong, parents, why in ((text(3, rows=rows - 1), None, f"this cache holds {rows} rows and got {rows - 1}: make a new one for another batch"),
+                                (text(3, rows=rows), torch.tensor([-1, 1, 0]), "must come before it, or be -1|cannot follow|larger than")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            model(wrong, caches[0], parents)
+        assert (caches[0].length, caches[0].lengths) == (caches[1].length, caches[1].lengths)
+        assert_equal_logits(*(chunked(model, cache, ids[:, : length - 5], [1]) for cache in caches))
+        for cache in caches:
+            cache.truncate(length - 8)
+    assert_equal_logits(*(chunked(model, cache, ids, [2, 1]) for cache in caches))
+
+
+@torch.no_grad()
+def a_line_of_which_the_first_are_kept(maker, length=40, first=0, n=6, keep=2):
+    """Is as if they alone had been fed; and all of them may be."""
+    model, ids = decoder(), text(length + 9)
+    for stay in (0, keep, n):
+        cache, wanted = maker(model, length), chunked(model, maker(model, length), ids, [first])
+        chunked(model, cache, ids[:, : length - n], [first])
+        model(torch.cat((ids[:, length - n : length - n + stay], text(n - stay, seed=5)), 1), cache)
+        cache.keep(torch.arange(stay))
+        assert cache.length == length - n + stay
+        assert_equal_logits(chunked(model, cache, ids, [1, 1, 5]), wanted[:, length - n + stay :])
 
 
 @torch.no_grad()

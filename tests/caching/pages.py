@@ -11,21 +11,27 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from effkit.caching.paged import PagedCache, PagesExhausted, Pool, Table, pages_for
 from effkit.caching.prefix import PrefixCache
 from effkit.core.generation import Rope, attention
+from tests.caching.laws import branches
 
 ROPE = Rope(4)
-HEADS, GROUPS = 4, 2
+HEADS, GROUPS, LAYERS = 4, 2, (0, 1)
 tokens = st.sampled_from([0, 0, 0, 1])
 
 
-def drawn(ids, heads: int) -> torch.Tensor:
+def drawn(ids, heads: int, layer: int) -> torch.Tensor:
     """(heads, 4) numbers that depend on a token and all before it, as keys and values do."""
-    seed = zlib.crc32(bytes(ids)) + heads
+    seed = zlib.crc32(bytes(ids)) + heads + 1000 * layer
     return torch.randn(heads, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def plain(ids) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def plain(ids, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of a whole text, (1, heads, n, 4), not rotated."""
-    numbers = torch.stack([drawn(ids[: i + 1], HEADS + 2 * GROUPS) for i in range(len(ids))], dim=1)[None]
+    return split([ids[: i + 1] for i in range(len(ids))], layer)
+
+
+def split(lines, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Those of the last tokens of these texts."""
+    numbers = torch.stack([drawn(ids, HEADS + 2 * GROUPS, layer) for ids in lines], dim=1)[None]
     return numbers[:, :HEADS], numbers[:, HEADS:-GROUPS], numbers[:, -GROUPS:]
 
 
@@ -33,9 +39,9 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return ROPE(x, ROPE.tables(torch.arange(x.shape[2]), x.dtype))
 
 
-def attended(ids, n: int) -> torch.Tensor:
+def attended(ids, n: int, layer: int) -> torch.Tensor:
     """What the last n tokens of a text see, from plain tensors."""
-    q, k, v = plain(ids)
+    q, k, v = plain(ids, layer)
     return attention(rotated(q)[:, :, -n:], rotated(k), v)
 
 
@@ -73,18 +79,39 @@ class Pages(RuleBasedStateMachine):
         rows = list(new)
         texts = [self.texts[row] + new[row] for row in rows]
         tables = [self.tables[row] for row in rows]
-        q, k, v = (torch.cat(parts) for parts in zip(*([x[:, :, -n:] for x in plain(t)] for t in texts), strict=True))
+        fed = [[torch.cat(parts) for parts in zip(*([x[:, :, -n:] for x in plain(t, layer)] for t in texts), strict=True)] for layer in LAYERS]
         cache, before = PagedCache(ROPE, self.pool, tables), [(t.length, list(t.pages)) for t in tables]
         cache.advance(n, dtype=torch.float64)
         try:
-            seen = cache.attend(0, q, k, v)
+            seen = [cache.attend(layer, *fed[layer]) for layer in LAYERS]
         except PagesExhausted:
             assert before == [(t.length, t.pages) for t in tables] and cache.length == max(n for n, _ in before)
             assert len(self.pool.free) < sum(t.missing(t.length + n) + 1 for t in tables)
             return
         self.texts |= dict(zip(rows, texts, strict=True))
-        for row, text in zip(seen, texts, strict=True):
-            assert torch.allclose(row, attended(text, n)[0], rtol=0, atol=1e-12)
+        for layer in LAYERS:
+            for row, text in zip(seen[layer], texts, strict=True):
+                assert torch.allclose(row, attended(text, n, layer)[0], rtol=0, atol=1e-12)
+
+    @some
+    @rule(data=st.data(), tree=st.lists(st.tuples(tokens, st.integers(0, 99)), min_size=1, max_size=6))
+    def branch(self, data, tree):
+        """A tree of tokens is fed, and of it one branch is kept."""
+        row, parents = self.one(data), [x % (i + 1) - 1 for i, (_, x) in enumerate(tree)]
+        lines = [self.texts[row] + [tree[i][0] for i in way] for way in branches(parents)]
+        cache, before = PagedCache(ROPE, self.pool, [self.tables[row]]), self.tables[row].length
+        cache.advance(len(tree), torch.tensor(parents), dtype=torch.float64)
+        try:
+            seen = [cache.attend(layer, *split(lines, layer)) for layer in LAYERS]
+        except PagesExhausted:
+            assert cache.length == self.tables[row].length == before
+            return
+        for layer in LAYERS:
+            for i, line in enumerate(lines):
+                assert torch.allclose(seen[layer][0, :, [i]], attended(line, 1, layer)[0], rtol=0, atol=1e-12)
+        way = data.draw(st.sampled_from(branches(parents)), label="way")
+        cache.keep(torch.tensor(way))
+        self.texts[row] = lines[way[-1]]
 
     @some
     @few
@@ -161,9 +188,9 @@ class Pages(RuleBasedStateMachine):
     def every_text_is_what_was_written(self):
         """So none was written while it was shared."""
         for row, ids in self.texts.items():
-            if ids:
-                keys, values = self.pool.layers[0].flatten(1, 2)[:, [3 * p + i for p in self.tables[row].pages for i in range(3)]]
-                _, k, v = plain(ids)
+            for layer in LAYERS if ids else ():
+                keys, values = self.pool.layers[layer].flatten(1, 2)[:, [3 * p + i for p in self.tables[row].pages for i in range(3)]]
+                _, k, v = plain(ids, layer)
                 assert torch.allclose(keys[: len(ids)], rotated(k)[0].transpose(0, 1), rtol=0, atol=1e-12)
                 assert torch.equal(values[: len(ids)], v[0].transpose(0, 1))
 

@@ -149,26 +149,38 @@ def test_of_equal_requests_both_policies_make_one(n, new, rows, policy):
     assert served.passes == -(-n // rows) * new
 
 
+def passes_of(requests, prefill_chunk):
+    """Rows and tokens of each pass, and what was served."""
+    seen = []
+
+    def watching(run, rows, n):
+        seen.append((rows, n))
+        return run(), float(rows * n)
+
+    served = serve(decoder(), requests, pages=40, page_size=4, most_rows=3, prefill_chunk=prefill_chunk, clock=watching)
+    assert [r.tokens for r in served.replies] == [alone(decoder(), r) for r in requests]
+    return seen, served.replies
+
+
 def test_chunks_of_a_long_prompt_let_others_go_on():
+    """Between two of them the other row writes a token."""
     requests = [Request([1], 9), Request(PROMPTS[0], 1, 0.5)]
-    waits = {}
-    for chunk in (None, 8):
-        served = serve(decoder(), requests, pages=30, page_size=4, most_rows=2, prefill_chunk=chunk,
-                       clock=modelled(pass_s=0.0, token_s=1.0))  # fmt: skip
-        waits[chunk] = served.replies[0].done
-        assert served.replies[1].tokens == alone(decoder(), requests[1])
-    assert waits[None] == 9 + 40 and waits[8] == 9 + 40  # a burst of work is the same work
-    first_token_after = {}
-    for chunk in (None, 8):
-        seen = []
+    (whole, late), (chunks, soon) = (passes_of(requests, chunk) for chunk in (None, 8))
+    assert whole == [(1, 1), (1, 40), *[(1, 1)] * 8]
+    assert chunks == [(1, 1), *[(1, 8), (1, 1)] * 5, *[(1, 1)] * 3]
+    assert late[0].done == soon[0].done == 9 + 40, "a burst of work is the same work"
 
-        def watching(run, rows, n, seen=seen):
-            seen.append(n)
-            return run(), float(rows * n)
 
-        serve(decoder(), requests, pages=30, page_size=4, most_rows=2, prefill_chunk=chunk, clock=watching)
-        first_token_after[chunk] = max(seen)
-    assert first_token_after == {None: 40, 8: 8}
+def test_a_chunk_is_shared_by_all_prompts_that_wait():
+    requests = [Request([1], 9), Request(PROMPTS[0][:6], 1, 0.5), Request(PROMPTS[1][:9], 1, 0.5)]
+    assert passes_of(requests, 8)[0][:7] == [(1, 1), (1, 6), (1, 2), (1, 1), (1, 7), (1, 1), (1, 1)]
+
+
+def test_what_a_row_computed_itself_before_it_was_sent_away_is_not_reused_from_others():
+    model, requests = decoder(), [Request(PROMPTS[i][:6], 20) for i in range(3)] + [Request(PROMPTS[0][:5], 20)]
+    served = serve(model, requests, pages=20, page_size=2, most_rows=4, prefix=True, clock=FLAT)
+    assert served.preempted > 0 and [r.tokens for r in served.replies] == [alone(model, r) for r in requests]
+    assert [r.reused for r in served.replies] == [0, 0, 0, 4]
 
 
 def test_those_who_begin_alike_are_computed_once():
@@ -266,6 +278,43 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_others_go_on(bad, wh
     assert why in served.replies[1].refused and served.replies[1].refused and served.replies[1].tokens == ()
     assert [served.replies[i].tokens for i in (0, 2)] == [alone(model, r) for r in good]
     assert len(served.answered) == 2 and served.latency() > 0
+
+
+def spoiled(token=31):
+    """A decoder in which one token's embedding is no number."""
+    model = decoder(tied=False)
+    with torch.no_grad():
+        model.embedding.weight[token] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("policy", ["continuous", "static"])
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_request_whose_logits_are_no_numbers_is_refused_and_the_others_go_on(policy, prefix, chunk):
+    """In its prompt, beside others and alone; and one that comes to it in the middle of its answer."""
+    model, prompts = spoiled(), [[token for token in line if token != 31] for line in PROMPTS]
+    good = [Request(prompts[0][:9], 7), Request(prompts[1][:5], 3), Request(prompts[2][:6], 5, 90.0)]
+    bad = [Request([*prompts[3][:4], 31, 2], 8), Request([31], 2), Request([31, 1, 2, 3], 2, 50.0)]
+    requests = [bad[0], good[0], bad[1], good[1], bad[2], good[2]]
+    served = serve(model, requests, pages=30, page_size=4, most_rows=3, policy=policy, prefix=prefix, prefill_chunk=chunk, clock=FLAT)
+    assert [served.replies[i].tokens for i in (1, 3, 5)] == [alone(model, r) for r in good]
+    for i in (0, 2, 4):
+        reply = served.replies[i]
+        assert reply.tokens == () and reply.refused.startswith("the model's logits hold NaN for this request: look for NaN or infinity")
+        assert reply.done > reply.arrival
+    assert len(served.answered) == 3 and served.throughput > 0
+
+
+def test_an_answer_that_runs_into_no_numbers_is_refused():
+    model, line = decoder(tied=False), Request(PROMPTS[0][:9], 9)
+    third = alone(model, line)[2]
+    with torch.no_grad():
+        model.embedding.weight[third] = torch.nan
+    other = next(r for r in (Request([i], 6) for i in range(32)) if third not in (r.prompt[0], *alone(decoder(tied=False), r)))
+    bad, good = serve(model, [line, other], pages=9, page_size=4, clock=FLAT).replies
+    assert (bad.refused and bad.tokens == ()) or third in line.prompt
+    assert good.tokens == alone(model, other)
 
 
 def test_no_new_tokens_and_no_requests_take_no_time():

@@ -13,9 +13,10 @@ from effkit import zoo
 from effkit.caching import H2O, SnapKV, Window, evict, lossy
 from effkit.caching.evict import H2OCache, SnapKVCache, WindowCache, votes
 from effkit.caching.kv import Preallocated
-from effkit.caching.lossy import BACK, Through
+from effkit.caching.lossy import BACK, Keeping, Through
 from effkit.core.generation import NoCache, Rope
 from effkit.core.paths import data_dir
+from effkit.speculative import EarlyExit, Speculative
 from tests.caching import laws
 from tests.caching.decoders import assert_equal_logits, chunked, decoder, text
 
@@ -239,6 +240,46 @@ def test_votes_by_hand():
     assert votes(torch.ones(1, 1, 1, 1), k, kernel=3).flatten().tolist() == pytest.approx([0.1, 0.8 / 3, 0.7 / 3])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("take_back", [lambda cache, n: cache.truncate(n), lambda cache, n: cache.keep(torch.arange(n))])
+@pytest.mark.parametrize("stay", [1, 8, 10])
+def test_of_a_first_pass_that_is_partly_taken_back_the_rest_stays_whole(take_back, stay):
+    model, ids = decoder(), text(30)
+    cache = SnapKVCache(model.rope, 6, 2, 3)
+    model(ids[:, :11], cache)
+    take_back(cache, stay)
+    assert_equal_logits(chunked(model, cache, ids, [1, 4]), model(ids)[:, stay:])
+    assert cache.least() == 0 and cache.keys[0].shape[2] == 30
+
+
+@torch.no_grad()
+def test_a_first_pass_of_which_all_is_kept_is_a_prompt():
+    model, ids = decoder(), text(30)
+    cache, wanted = SnapKVCache(model.rope, 6, 2, 3), chunked(model, SnapKVCache(model.rope, 6, 2, 3), ids, [11])
+    model(ids[:, :11], cache)
+    cache.keep(torch.arange(11)), cache.truncate(11)
+    assert_equal_logits(chunked(model, cache, ids, [1, 4]), wanted[:, 11:])
+    assert cache.least() == 11 and cache.keys[0].shape[2] == 6 + 19
+
+
+def test_a_draft_behind_a_single_token_is_taken_back():
+    """The first pass is then the token and all that was proposed."""
+    model = SnapKV(4, 2)(decoder())
+    for seed in range(3):
+        wanted = model.generate(text(1, seed=seed), 20, temperature=0.0)
+        assert torch.equal(Speculative(EarlyExit(0.5), gamma=8)(model).generate(text(1, seed=seed), 20, temperature=0.0), wanted)
+
+
+@torch.no_grad()
+def test_more_than_may_be_taken_back_is_refused_before_anything_changed():
+    model, ids = decoder(), text(60)
+    cache, beside = H2OCache(model.rope, 7, 3), H2OCache(model.rope, 7, 3)
+    chunked(model, cache, ids[:, :50], [9]), chunked(model, beside, ids[:, :50], [9])
+    with pytest.raises(ValueError, match="can be taken back to 34 tokens and not to 11, .*: feed the text to a new one; a draft of up to 16"):
+        cache.keep(torch.arange(2))
+    assert_equal_logits(chunked(model, cache, ids, [1]), chunked(model, beside, ids, [1]))
+
+
 # budgets
 
 
@@ -361,6 +402,18 @@ def test_a_technique_sets_the_cache_and_a_file_remembers(technique, tmp_path):
     opened = effkit.load(tmp_path / "model.safetensors")
     assert torch.equal(opened.generate(ids, 20, temperature=0.0), result.generate(ids, 20, temperature=0.0))
     assert type(Preallocated()(result).new_cache(capacity=1)) is not technique.kind
+
+
+def test_kinds_are_found_by_name_however_they_descend_and_others_are_refused(monkeypatch):
+    monkeypatch.setattr(lossy.LossyCache, "kinds", dict(lossy.LossyCache.kinds))
+
+    class Narrow(WindowCache):
+        pass
+
+    model = decoder()
+    assert type(Keeping("Narrow", {"window": 8, "sinks": 2}).new(model, capacity=1)) is Narrow
+    with pytest.raises(ValueError, match="kind must be one of .*'WindowCache'.*, got 'Wide': import the module that defines it"):
+        Keeping("Wide", {}).new(model, capacity=1)
 
 
 def test_a_text_is_scored_through_the_cache():

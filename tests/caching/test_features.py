@@ -7,7 +7,8 @@ from torch import nn
 
 import effkit
 from effkit.caching import DeepCache
-from effkit.caching.features import Kept
+from effkit.caching.features import FAR, Kept
+from effkit.core.paths import data_dir
 from effkit.core.task import Task
 from effkit.zoo.data import digits
 from effkit.zoo.diffusion import Noised, UNet, denoising, denoising_loss, draw, noise_left, signal, timed, waves
@@ -71,12 +72,46 @@ def test_a_drawing_is_the_one_by_hand(interval):
 
 @torch.no_grad()
 def test_what_is_no_next_step_is_computed_afresh():
+    """Images are other ones each time, but near the last."""
     model, kept = unet(), DeepCache(9)(unet())
     x = torch.randn(2, 1, 28, 28, generator=rng())
-    for t in ([0.5, 0.5], [0.5, 0.5], [0.6, 0.6], [0.5, 0.7], [0.9, 0.9]):  # the same, later, not all earlier, later
-        now = timed(x, torch.tensor(t))
+    for i, t in enumerate([[0.5, 0.5], [0.5, 0.5], [0.6, 0.6], [0.5, 0.7], [0.9, 0.9]]):  # the same, later, not all earlier, later
+        now = timed(x + 0.1 * torch.randn(x.shape, generator=rng(i)), torch.tensor(t))
         assert torch.equal(kept(now), model(now)), t
-    assert torch.equal(kept(timed(x[:1], torch.tensor([0.1]))), model(timed(x[:1], torch.tensor([0.1])))), "another number"
+    earlier = timed(x, torch.tensor([0.8, 0.8]))
+    assert not torch.equal(kept(earlier), model(earlier)), "a next step"
+    for other in (timed(x[:1], torch.tensor([0.1])), timed(x[:, :, 4:, 4:], torch.tensor([0.1, 0.1]))):
+        assert torch.equal(kept(other), model(other)), "another number, another size"
+
+
+@torch.no_grad()
+def test_drawings_that_take_turns_do_not_get_each_other_s_depths():
+    """Those of one step, too, which begin where the one before them did."""
+    for model in (unet(), effkit.load(data_dir() / "unet.safetensors").float()):
+        kept, noise = DeepCache(9)(model), [torch.randn(1, 1, 28, 28, generator=rng(seed)) for seed in range(2)]
+        for time in (1.0, 0.9, 0.8):
+            for x in noise:
+                now = timed(x, torch.tensor([time]))
+                assert torch.equal(kept(now), model(now)), time
+        for seed in range(3):
+            assert torch.equal(draw(kept, 1, steps=1, rng=rng(seed)), draw(model, 1, steps=1, rng=rng(seed)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [3, 6, 20])
+def test_steps_of_one_drawing_are_nearer_than_two_drawings(steps):
+    """On the shipped model: FAR lies between."""
+    model, lines = effkit.load(data_dir() / "unet.safetensors").float(), []
+    for seed in range(6):
+        lines.append([])
+        handle = model.depths.register_forward_pre_hook(lambda module, args: lines[-1].append(args[0]))
+        draw(model, 1, steps=steps, rng=rng(seed))
+        handle.remove()
+    far = lambda a, b: ((a - b).norm() / b.norm()).item()  # noqa: E731
+    same = [far(line[i + 1], line[i]) for line in lines for i in range(steps - 1)]
+    other = [far(a[i + 1], b[i]) for a in lines for b in lines if a is not b for i in range(steps - 1)]
+    assert max(same) < FAR - 0.05 and min(other) > FAR + 0.1, (max(same), min(other))
 
 
 def test_training_computes_afresh_and_keeps_nothing():

@@ -10,7 +10,7 @@ from effkit.caching.kv import PreallocatedCache
 from effkit.core.generation import ConcatCache, NoCache, Sampler
 from effkit.core.task import Task
 from tests.caching.decoders import assert_equal_logits, chunked, decoder, text
-from tests.caching.laws import equals_recomputed, taken_back_leaves_no_trace
+from tests.caching.laws import equals_recomputed, rows_of_unequal_length_equal_one_by_one, taken_back_leaves_no_trace
 
 GREEDY = Sampler(temperature=0.0)
 
@@ -177,6 +177,34 @@ def test_a_cache_that_errs_is_noticed(monkeypatch, where, name, bug):
     with pytest.raises((AssertionError, RuntimeError)):
         equals_recomputed(preallocated)
         taken_back_leaves_no_trace(preallocated)
+
+
+def filled_with_nan(self, *size, **settings):
+    return self.new_full(size, torch.nan, **settings)
+
+
+def test_room_that_holds_no_numbers_yet_is_noticed(monkeypatch):
+    """What a mask hides is multiplied by 0, and 0 x NaN is NaN: a short row's slots before the longest row's end."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled_with_nan)
+    rows_of_unequal_length_equal_one_by_one(preallocated)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", torch.Tensor.new_empty)
+    with pytest.raises(AssertionError):
+        rows_of_unequal_length_equal_one_by_one(preallocated)
+
+
+def test_of_rows_of_unequal_length_none_is_taken_back_to_more_than_it_has():
+    model, ids = decoder(), text(9, rows=3)
+    cache = PreallocatedCache(model.rope, 9)
+    with torch.no_grad():
+        model(ids[:, :7], cache)
+        cache.truncate(torch.tensor([2, 7, 4]))
+        cache.truncate(torch.tensor([3, 6, 5]))
+        assert cache.lengths.tolist() == [2, 6, 4] and cache.length == 6
+        cache.truncate(5)
+        assert cache.lengths.tolist() == [2, 5, 4] and cache.length == 5
+        seen = model(ids[:, 7:8], cache)
+        for row, n in enumerate((2, 5, 4)):
+            assert_equal_logits(seen[[row]], model(torch.cat((ids[[row], :n], ids[[row], 7:8]), 1))[:, -1:])
 
 
 def test_growth_that_loses_the_old_rows_is_noticed(monkeypatch):

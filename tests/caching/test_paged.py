@@ -13,7 +13,7 @@ from effkit.caching.cost import kv_bytes
 from effkit.caching.paged import Paged, PagedCache, PagesExhausted, Pool, Table, pages_for, reserve, waste
 from effkit.caching.prefix import Node, PrefixCache
 from effkit.caching.streams import stream
-from effkit.core.generation import ConcatCache, Sampler
+from effkit.core.generation import Cache, ConcatCache, Sampler
 from tests.caching import laws, pages
 from tests.caching.decoders import assert_equal_logits, chunked, decoder, text
 
@@ -24,7 +24,7 @@ def cache_of(model, page_size=4, pages=None) -> PagedCache:
     return PagedCache(model.rope, Pool(page_size=page_size, pages=pages))
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [15, pytest.param(120, marks=pytest.mark.slow)])
 def test_texts_in_pages_are_what_a_dictionary_of_tensors_says(examples):
     pages.run(examples=examples)
 
@@ -62,6 +62,18 @@ def copy_that_forgets_the_page(self, page):
     return mine
 
 
+def move_in_the_first_layer_alone(self, start, index, move=PagedCache.move):
+    layers, self.pool.layers = self.pool.layers, self.pool.layers[:1]
+    move(self, start, index)
+    self.pool.layers = layers
+
+
+def keep_that_gives_no_page_back(self, index, keep=Cache.keep):
+    keep(self, index)
+    for table in self.rows:
+        table.length = self.length
+
+
 def evict_what_is_read(self, n):
     leaf = next((node for node in self.root.all() if node.pages and not node.children), None)
     if leaf is None or not n:
@@ -95,6 +107,8 @@ def insert_that_lets_both_keep_their_copies(self, ids, table, insert=PrefixCache
         (Table, "truncate", truncate_that_keeps_the_pages),
         (Table, "truncate", truncate_that_gives_all_back),
         (PrefixCache, "evict", evict_what_is_read),
+        (PagedCache, "move", move_in_the_first_layer_alone),
+        (PagedCache, "keep", keep_that_gives_no_page_back),
     ],
 )
 def test_the_machine_notices(monkeypatch, where, name, bug):
@@ -339,6 +353,32 @@ def test_a_model_of_another_dtype_gets_new_pages_where_no_text_needs_the_old():
 
 
 # bad input
+
+
+def test_tables_of_another_pool_are_refused():
+    one, other = Pool(page_size=4), Pool(page_size=4)
+    with pytest.raises(ValueError, match="a row's pages lie in another pool than this cache's: make the cache with the pool of its tables"):
+        PagedCache(decoder().rope, one, [Table(one), Table(other)])
+
+
+@torch.no_grad()
+def test_pages_that_another_model_filled_are_refused_and_free_ones_are_anybody_s():
+    model, other, pool = decoder(), decoder(seed=1), Pool(page_size=4)
+    table, tree, ids = Table(pool), PrefixCache(pool), text(6)
+    model(ids, PagedCache(model.rope, pool, [table]))
+    tree.insert(ids[0].tolist(), table)
+    for foreign in (table, table.fork(), tree.match(ids[0].tolist())):
+        length = foreign.length
+        with pytest.raises(ValueError, match="a row's pages hold keys of another model: give every model tables, and prefix caches, of its own"):
+            other(text(2), PagedCache(other.rope, pool, [foreign]))
+        assert foreign.length == length > 0
+    beside = Table(pool)  # two models may share a pool, each with tables of its own
+    assert_equal_logits(other(ids, PagedCache(other.rope, pool, [beside])), other(ids))
+    with pytest.raises(ValueError, match="the table holds keys of another model than this prefix cache"):
+        tree.insert(ids[0].tolist(), beside)
+    assert_equal_logits(model(text(2), PagedCache(model.rope, pool, [table])), model(torch.cat((ids, text(2)), 1))[:, 6:])
+    table.truncate(0)
+    assert_equal_logits(other(text(2), PagedCache(other.rope, pool, [table])), other(text(2)))
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, 4096, True])

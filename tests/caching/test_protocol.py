@@ -74,6 +74,16 @@ def test_a_tree_says_what_its_branches_say(kind, parents, held, dtype, kv_heads)
     laws.a_tree_says_what_its_branches_say(EXACT[kind], parents, held, dtype, kv_heads)
 
 
+@pytest.mark.parametrize("kind", sorted(EXACT))
+def test_a_refused_pass_has_not_happened(kind):
+    laws.a_refused_pass_has_not_happened(EXACT[kind])
+
+
+@pytest.mark.parametrize("kind", sorted(EXACT))
+def test_the_first_of_a_line_are_kept_as_if_they_alone_had_been_fed(kind):
+    laws.a_line_of_which_the_first_are_kept(EXACT[kind])
+
+
 @torch.no_grad()
 def test_without_a_cache_the_whole_text_is_part_of_the_tree():
     model, line, parents = decoder(), text(6), [-1, 0, 1, 2, 2, 4]
@@ -114,6 +124,16 @@ def test_what_a_draft_takes_back_leaves_no_trace(kind, length, sizes, back):
     laws.what_a_draft_takes_back_leaves_no_trace(lossy_maker(LOSSY[kind]), length, sizes, min(back, length - first), first)
 
 
+@pytest.mark.parametrize("kind", sorted(LOSSY))
+def test_a_pass_refused_over_what_is_lossy_has_not_happened(kind):
+    laws.a_refused_pass_has_not_happened(lossy_maker(LOSSY[kind]), first=FIRST.get(kind, 0))
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSY))
+def test_over_what_is_lossy_too_the_first_of_a_line_are_kept(kind):
+    laws.a_line_of_which_the_first_are_kept(lossy_maker(LOSSY[kind]), first=FIRST.get(kind, 0))
+
+
 @pytest.mark.parametrize("technique", WHOLE, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_budget_as_large_as_the_text_is_exact(technique, dtype):
@@ -123,6 +143,16 @@ def test_a_budget_as_large_as_the_text_is_exact(technique, dtype):
     laws.taken_back_leaves_no_trace(maker, 12, 5, dtype=dtype)
     if type(technique).__name__ not in TREELESS:
         laws.a_tree_says_what_its_branches_say(maker, dtype=dtype)
+
+
+#: of 60 tokens that came one by one: the last found 59, of which BACK may go; a block of 8 that was packed by then goes with none
+LEAST = dict.fromkeys(["window", "sliding"], 59 - BACK) | dict.fromkeys(["heavy", "heavy in the mean"], 60 - BACK)
+LEAST |= {"prompt": 11, "int8": 40, "int2": 32 + 4, "by token": 40 + 2}
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSY))
+def test_what_is_lossy_is_taken_back_as_far_as_may_be_and_no_further(kind):
+    laws.taken_back_as_far_as_may_be(lossy_maker(LOSSY[kind]), LEAST[kind], first=FIRST.get(kind, 0))
 
 
 @pytest.mark.slow
@@ -144,6 +174,11 @@ def test_greedy_speculation_over_what_is_lossy_is_plain_decoding_over_it(kind, g
 def test_a_tree_over_what_is_lossy_says_what_its_lines_say(kind, parents, held):
     technique = QuantizedKV(bits=2, group=8, residual=len(parents)) if kind == "tree" else LOSSY[kind]
     laws.a_tree_says_what_its_lines_say(lossy_maker(technique), parents, held, FIRST.get(kind, 0))
+
+
+@pytest.mark.parametrize("held", range(32, 40))
+def test_a_node_that_lies_deeper_than_the_last_sees_the_block_that_ends_between_them(held):
+    laws.a_tree_says_what_its_lines_say(lossy_maker(QuantizedKV(bits=2, group=8, residual=5)), (-1, 0, 1, 2, -1), held)
 
 
 @pytest.mark.parametrize("kind", sorted(LOSSY))

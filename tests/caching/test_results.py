@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 import effkit
 from effkit.caching import ResultCache
 from effkit.caching.results import Remembering, meaning, simulated
+from effkit.core.generation import Sampler
 from effkit.core.task import Task
+from effkit.quantization import RTN
 from effkit.speculative import PromptLookup
 from tests.caching.decoders import decoder, text
 
@@ -67,6 +69,32 @@ def test_weights_that_changed_and_copies_know_nothing():
     assert torch.equal(changed, plain.generate(text(4), 3, temperature=0.0))
     copy = effkit.core.technique.clone(model)
     assert not copy.decoding.known and model.decoding.known
+
+
+UNSEEN = {
+    "a cast": lambda model: model.float(),
+    "a cast there and back": lambda model: model.bfloat16().double(),
+    "other data": lambda model: setattr(model.blocks[0].ff.up.weight, "data", -model.blocks[0].ff.up.weight.data),
+    "other codes": lambda model: model.blocks[0].ff.up.load_state_dict({n: t.flip(0) for n, t in model.blocks[0].ff.up.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", UNSEEN)
+def test_whatever_way_weights_change_nothing_stale_is_answered(change):
+    model = ResultCache()(RTN(bits=4, group_size=8)(decoder(), Task("none")) if change == "other codes" else decoder())
+    before = model.generate(text(4), 12, temperature=0.0)
+    with torch.no_grad():
+        UNSEEN[change](model)
+    wanted = model.decoding.inner(model, text(4), 12, sampler=Sampler(0.0))
+    assert torch.equal(model.generate(text(4), 12, temperature=0.0), wanted) and model.decoding.hits == 0
+    assert not torch.equal(before, wanted) or "cast" in change
+    assert torch.equal(model.generate(text(4), 12, temperature=0.0), wanted) and model.decoding.hits == 1
+
+
+def test_a_request_that_names_no_sampler_is_a_draw():
+    model = ResultCache()(decoder(sharpness=1.0))
+    texts = {tuple(model.decoding(model, text(4), 8, rng=torch.Generator().manual_seed(s))[0].tolist()) for s in range(5)}
+    assert len(texts) > 1 and model.decoding.asked == 0
 
 
 def test_rows_and_what_decodes_inside():

@@ -23,7 +23,7 @@ def small(monkeypatch, tmp_path):
     sizes = dict(ROWS=8, TOKENS=20, BATCH=8, FREQUENT=12, TRIALS=1, PROMPT=6, NEW=10, ROUNDS=6, SCHEDULE=Schedule(24, 1e-2))
     for name, value in sizes.items():
         monkeypatch.setattr(eagle, name, value)
-    chosen = ("EAGLE, 1 in a line", "EAGLE, 4 in a line", "EAGLE, a tree of 3, 2 and 1", "5 of 6 blocks")
+    chosen = ("EAGLE, 1 in a line", "EAGLE, 4 in a line", "EAGLE, a tree of 3, 2 and 1", "5 of 6 blocks", "lookup, else EAGLE")
     monkeypatch.setattr(eagle, "DRAFTS", {name: eagle.DRAFTS[name] for name in chosen})
     monkeypatch.setenv("EFFKIT_DATA", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -353,6 +353,8 @@ def test_who_takes_turns_with_lookup_changes_no_text(other, tmp_path):
     opened = effkit.load(tmp_path / "model.safetensors")
     seen, first = (statistics(m.decoding.passes(m, ids, 30, sampler=GREEDY)) for m in (opened, made))
     assert seen == first and from_json(to_json(technique), effkit.techniques()) == technique
+    alone = PromptLookup(gamma=3, shortest=2)(model)
+    assert first.proposed > statistics(alone.decoding.passes(alone, ids, 30, sampler=GREEDY)).proposed, "the other one is told what passes saw"
 
 
 def test_lookup_in_turns_is_exact():
