@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import effkit
+from effkit.core.paths import data_dir
 from effkit.core.training import Schedule
-from effkit.studies import eagle
+from effkit.studies import decoding, eagle
 from effkit.zoo.data import Windows
 from effkit.zoo.fetch import where
 from tests.speculative.cycles import cyclic, learned, windows
@@ -90,6 +91,51 @@ def test_texts_of_other_settings_are_refused(small, monkeypatch):
 def test_nobody_is_asked_about_what_was_learned():
     assert not set(eagle.HELD_OUT) & set(eagle.LEARNED) and len(set(eagle.LEARNED)) == len(eagle.LEARNED)
     assert eagle.settings()["drafts"].keys() == eagle.DRAFTS.keys() and json.dumps(eagle.settings())
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return eagle.STUDY.read()
+
+
+def test_every_cell_is_recorded_with_the_settings_of_now(recorded):
+    assert {key: recorded[key] for key in eagle.settings()} == eagle.settings()
+    assert set(recorded["cells"]) == set(eagle.cells())
+
+
+def test_the_block_that_is_shipped_is_the_one_that_was_raced(recorded):
+    made = recorded["cells"]["training"]
+    assert made["bytes on disk"] == (data_dir() / f"{eagle.HEAD}.safetensors").stat().st_size < 10e6
+    assert made["tokens"] == len(eagle.LEARNED) * len(eagle.REQUESTS) * eagle.ROWS * eagle.TOKENS
+    assert made["last loss"] < made["first loss"] / 2
+
+
+def test_no_greedy_text_parts(recorded):
+    for name, cell in recorded["cells"].items():
+        if name.endswith("; 0.0"):
+            assert cell["texts that part"] == {"drafting": 0}, name
+
+
+def test_more_guesses_give_no_fewer_tokens_a_pass(recorded):
+    """Greedily the text is the same, and a longer line begins with the shorter one."""
+    for kind in ("requests", "pydoc"):
+        given = [recorded["cells"][f"EAGLE, {gamma} in a line; {kind}; 0.0"]["tokens a pass"] for gamma in (1, 2, 3, 4)]
+        assert all(few <= more + 0.02 for few, more in zip(given, given[1:], strict=False)) and given[0] > 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_tokens_a_pass_computed_anew_are_those_recorded(recorded, monkeypatch):
+    """But for times. Within a twentieth: another processor may round two tokens that are all but tied the other way."""
+    if where("smollm2") is None:
+        pytest.skip("smollm2 is not here: effkit fetch smollm2")
+    monkeypatch.setattr(decoding, "timed", lambda runs, rounds: {})
+    eagle.loaded.cache_clear()
+    for name in ("EAGLE, 2 in a line", "lookup, else EAGLE"):
+        made, old = eagle.cell(eagle.DRAFTS[name], "requests", 0.0), recorded["cells"][f"{name}; requests; 0.0"]
+        for what in ("tokens a pass", "acceptance", "proposed a pass"):
+            assert made[what] == pytest.approx(old[what], rel=0.05), (name, what)
+    eagle.loaded.cache_clear()
 
 
 @pytest.mark.slow
