@@ -29,6 +29,7 @@ BAD: dict[object, tuple] = {
 #: fields for which 0 may be a value like others, and those that have no largest
 ZERO = {
     "seed": "a seed like others",
+    "extra": "a proposal adds nothing to a pass",
     "epochs": "no training",
     "steps": "no training",
     "iterations": "the first guess stays",

@@ -5,8 +5,9 @@ Problem   With a cache, writing a token is a few million macs, and hundreds of o
 Idea      One kernel from the residual stream to queries, keys and values, one for attention over the cache, one from
           there back to the residual stream (decoder.c). A row of weights is read once and meets all tokens.
 Exact     A number is summed in the same order however many tokens pass, so that a block of tokens gives bit for bit what
-          one by one gives, and greedy speculation is identical in bfloat16, too: for one text of its own cache and at
-          most 63 proposals a pass, for what is longer goes another way. Up to the last norm, the stream is float32.
+          one by one gives, and each of several rows, also of unequal length, what it gives alone. Greedy speculation is
+          identical in bfloat16, too, where no pass has more than 64 tokens, prompts included: what is longer goes another
+          way. Up to the last norm, the stream is float32.
 Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows. Layers that are no plain
           nn.Linear, hooks, those who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
@@ -127,12 +128,12 @@ class FusedCache(PreallocatedCache):
         same = len(plan.held) == len(self.buffers) and all(map(operator.is_, plan.held, self.buffers))
         if same and plan.held and plan.held[0].shape[1] == texts and self.length <= plan.held[0].shape[3]:
             return
-        plan.held = []  # so that what is outgrown goes as soon as it is copied
-        held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
-        if any(buffer.dtype != dtype for buffer in held):
+        if self.buffers and self.buffers[0].dtype != dtype:
             n = stream.shape[1]  # the pass has not happened
             self.length, self.lengths = self.length - n, None if self.lengths is None else self.lengths - n
-            raise ValueError(f"this cache holds {held[0].dtype} and the model is {dtype} now: make a new one with new_cache")
+            raise ValueError(f"this cache holds {self.buffers[0].dtype} and the model is {dtype} now: make a new one with new_cache")
+        plan.held = []  # so that what is outgrown goes as soon as it is copied
+        held = [self._room(i, stream.new_empty(texts, keys // d, 0, d, dtype=dtype)) for i, (_, keys, _) in enumerate(plan.sizes)]
         plan.held, plan.kept = held, (_P * (2 * len(held)))(*(place for buffer in held for place in pointers(buffer[0], buffer[1])))
 
 

@@ -51,6 +51,8 @@ class LossyCache(ConcatCache):
     kinds: ClassVar[dict[str, type["LossyCache"]]] = {}  # by name, as files say it
 
     def __init_subclass__(cls):
+        if LossyCache.kinds.setdefault(cls.__name__, cls).__module__ != cls.__module__:
+            raise ValueError(f"there is a {cls.__name__} already, and files know caches by their names: take another name")
         LossyCache.kinds[cls.__name__] = cls
 
     def least(self) -> int:

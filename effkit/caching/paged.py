@@ -199,8 +199,9 @@ class PagedCache(Cache):
         self._count()
 
     def advance(self, n, parents=None, *, device=None, dtype=torch.float32):
+        positions = super().advance(n, parents, device=device, dtype=dtype)
         self.slots: Int[Tensor, "b n"] | None = None  # where this pass writes
-        return super().advance(n, parents, device=device, dtype=dtype)
+        return positions
 
     def attend(
         self, layer: int, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n d"]

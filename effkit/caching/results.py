@@ -93,8 +93,9 @@ class Remembering(nn.Module):
         return torch.cat((ids, self.known[found][0]), dim=1)
 
     def _forget_if_changed(self, model: nn.Module) -> None:
-        """Training, or any write in place, counts a version up; a cast or another `data` lies elsewhere, and never where the
-        weights lay that were seen last, for they are held on to."""
+        """Training, or a write into a weight, counts a version up; a cast or another `data` lies elsewhere, and never where the
+        weights lay that were seen last, for they are held on to. A write through `weight.data` leaves no trace: whoever does
+        that makes a new ResultCache."""
         weights = [*model.parameters(), *model.buffers()]
         if (state := [(t.data_ptr(), t.dtype, t._version) for t in weights]) != self.state:
             self.weights, self.state, self.known = [t.detach() for t in weights], state, OrderedDict()

@@ -72,18 +72,18 @@ def best_gamma(alpha: float, cost: float, verification: Callable[[int], float] =
 class Pass:
     """What one pass of the target gave: how many proposals it saw and accepted, and the text's new tokens.
 
-    levels   how many could have been accepted, of a tree; None: a line, all of it
+    more   whether something was proposed behind what was accepted, and so rejected; None: as in a line
     """
 
     proposed: int
     accepted: int
     tokens: Int[Tensor, " m"]
-    levels: int | None = None
+    more: bool | None = None
 
     @property
     def tested(self) -> int:
         """Places for which a proposal was looked at: those accepted, and the one at which all were rejected."""
-        return min(self.accepted + 1, self.proposed if self.levels is None else self.levels)
+        return self.accepted + (self.accepted < self.proposed if self.more is None else self.more)
 
 
 EVERY = 16  # passes without a proposal, one of which is tried

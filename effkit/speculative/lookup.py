@@ -23,6 +23,7 @@ from torch import nn
 
 from effkit.core.checkpoint import stored
 from effkit.core.checks import require_int
+from effkit.core.generation import Autoregressive
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
@@ -30,6 +31,8 @@ from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.speculative.speculate import Proposer, Proposing, Seen
 from effkit.speculative.verify import Proposal
+
+MOST = 64  # tokens of a match: each token of a text is held with as many n-grams
 
 
 class Lookup(Proposer):
@@ -46,7 +49,7 @@ class Lookup(Proposer):
 
     def __call__(self, ids, most, sampler, rng):
         for token in ids[0, len(self.text) :].tolist():
-            for n in range(1, min(self.ngram, len(self.text)) + 1):
+            for n in range(self.shortest, min(self.ngram, len(self.text)) + 1):
                 self.ends[tuple(self.text[-n:])].append(len(self.text))
             self.text.append(token)
         start = self.start(most)
@@ -88,12 +91,14 @@ class LookupDecoding(Proposing):
 
     def proposer(self, model: nn.Module, capacity: int) -> Proposer:
         own, other = Lookup(self.ngram, self.shortest), self.otherwise
-        return InTurn([(own, self.gamma), (other.proposer(model, capacity), other.gamma)]) if isinstance(other, Proposing) else own
+        if not isinstance(other, Proposing):
+            return own
+        return InTurn([(own, self.gamma), (other.proposer(model, capacity), getattr(other, "most", other.gamma))])
 
     @property
     def most(self) -> int:
         """How many tokens either of them proposes at most."""
-        return max(self.gamma, getattr(self.otherwise, "gamma", 0))
+        return max(self.gamma, getattr(self.otherwise, "most", getattr(self.otherwise, "gamma", 0)))
 
     def passes(self, model, ids, max_new_tokens, **settings):
         return super().passes(model, ids, max_new_tokens, **{"gamma": self.most} | settings)
@@ -120,7 +125,7 @@ class PromptLookup(Technique):
 
     def __post_init__(self):
         require_int("gamma", self.gamma, 1, hint="it is how many tokens are proposed at a time")
-        require_int("ngram", self.ngram, 1)
+        require_int("ngram", self.ngram, 1, MOST, hint="longer matches are found as well by their last tokens")
         require_int("shortest", self.shortest, 1, self.ngram, hint="it is the shortest match that counts, and ngram the longest")
         if not isinstance(self.otherwise, Technique | None):
             raise ValueError(f"otherwise must be a technique that proposes, such as Eagle(), got {self.otherwise!r}")
@@ -128,6 +133,7 @@ class PromptLookup(Technique):
     def rewrite_(self, model: nn.Module, task: Task) -> nn.Module:
         decoding = LookupDecoding(self.gamma, self.ngram, self.shortest)
         if self.otherwise is not None:
+            model.decoding = Autoregressive()  # what the model did before is not what `otherwise` brings
             other = decoding.otherwise = self.otherwise.rewrite_(model, task).decoding  # type: ignore[assignment]
             if not isinstance(other, Proposing) or other.alone or other.cost is not None:
                 how = "take one that proposes a fixed number of tokens and does not live on its own proposals, such as Speculative or Eagle"

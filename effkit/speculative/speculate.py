@@ -78,7 +78,7 @@ def speculate(
         features, logits = look(target, ids, proposal, cache)
         branch, new = judge(proposal, logits, sampler, rng)
         kept = forget(cache, ids.shape[1] - start, branch, proposal)
-        step = Pass(len(proposal.tokens), len(branch), upto_stop(new, stops), proposal.levels)
+        step = Pass(len(proposal.tokens), len(branch), upto_stop(new, stops), proposal.goes_on(branch))
         ids = torch.cat((ids, step.tokens[None]), dim=1)
         propose.observe(Seen(ids, start, kept, logits, features))
         if isinstance(gamma, Adaptive):
@@ -137,6 +137,10 @@ class DraftModel(Proposer):
                 token = sample(chances[-1], rng)
             ids = torch.cat((ids, token[None]), dim=1)
         return Proposal(ids[0, before:], torch.cat(chances) if chances else None)
+
+    def observe(self, seen):
+        """Takes back what was rejected at once: in the next pass another may propose, and the text be longer than the cache."""
+        self.cache.truncate(seen.ids.shape[1] - 1)
 
 
 def speculative_generate(

@@ -38,15 +38,11 @@ class Proposal:
     q: Float[Tensor, "_ vocab"] | None = None
     parents: Int[Tensor, " g"] | None = None
 
-    @property
-    def levels(self) -> int:
-        """Tokens in a line, or on a tree's longest branch."""
+    def goes_on(self, branch: list[int]) -> bool:
+        """Whether something is proposed behind this branch."""
         if self.parents is None:
-            return len(self.tokens)
-        depths = [0]  # of the text, then of each node
-        for parent in self.parents.tolist():
-            depths.append(1 + depths[parent + 1])
-        return max(depths)
+            return len(branch) < len(self.tokens)
+        return bool((self.parents == (branch[-1] if branch else -1)).any())
 
 
 def overlap(p: Float[Tensor, "... vocab"], q: Float[Tensor, "... vocab"]) -> Float[Tensor, "..."]:

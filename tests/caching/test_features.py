@@ -78,6 +78,12 @@ def test_what_is_no_next_step_is_computed_afresh():
     for i, t in enumerate([[0.5, 0.5], [0.5, 0.5], [0.6, 0.6], [0.5, 0.7], [0.9, 0.9]]):  # the same, later, not all earlier, later
         now = timed(x + 0.1 * torch.randn(x.shape, generator=rng(i)), torch.tensor(t))
         assert torch.equal(kept(now), model(now)), t
+    x = torch.randn(8, 1, 28, 28, generator=rng())
+    kept(timed(x, torch.full((8,), 0.9)))
+    exchanged = timed(torch.cat((torch.randn(1, 1, 28, 28, generator=rng(5)), x[1:])), torch.full((8,), 0.8))
+    assert torch.equal(kept(exchanged), model(exchanged)), "one image of eight is another drawing's"
+    x = x[:2]
+    kept(timed(x, torch.tensor([0.9, 0.9])))
     earlier = timed(x, torch.tensor([0.8, 0.8]))
     assert not torch.equal(kept(earlier), model(earlier)), "a next step"
     for other in (timed(x[:1], torch.tensor([0.1])), timed(x[:, :, 4:, 4:], torch.tensor([0.1, 0.1]))):

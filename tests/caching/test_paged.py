@@ -355,6 +355,19 @@ def test_a_model_of_another_dtype_gets_new_pages_where_no_text_needs_the_old():
 # bad input
 
 
+@torch.no_grad()
+def test_a_tree_that_is_refused_leaves_the_last_one_to_be_kept():
+    model, ids = decoder(), text(6)
+    cache = PagedCache(model.rope, Pool(page_size=4))
+    model(ids[:, :3], cache)
+    model(ids[:, 3:], cache, torch.tensor([-1, -1, 1]))
+    with pytest.raises(ValueError, match="token 1 of the tree has parent 1"):
+        model(ids[:, 3:5], cache, torch.tensor([-1, 1]))
+    cache.keep(torch.tensor([1, 2]))
+    wanted = model(torch.cat((ids[:, :3], ids[:, 4:], ids[:, :1]), 1))[:, -1:]
+    assert_equal_logits(model(ids[:, :1], cache), wanted)
+
+
 def test_tables_of_another_pool_are_refused():
     one, other = Pool(page_size=4), Pool(page_size=4)
     with pytest.raises(ValueError, match="a row's pages lie in another pool than this cache's: make the cache with the pool of its tables"):

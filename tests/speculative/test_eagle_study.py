@@ -103,7 +103,8 @@ def test_every_cell_is_recorded_with_the_settings_of_now(recorded):
     assert set(recorded["cells"]) == set(eagle.cells())
 
 
-def test_the_block_that_is_shipped_is_the_one_that_was_raced(recorded):
+def test_the_block_that_is_shipped_is_as_large_as_the_one_that_was_raced(recorded):
+    """Which one it is, its card says by its hash."""
     made = recorded["cells"]["training"]
     assert made["bytes on disk"] == (data_dir() / f"{eagle.HEAD}.safetensors").stat().st_size < 10e6
     assert made["tokens"] == len(eagle.LEARNED) * len(eagle.REQUESTS) * eagle.ROWS * eagle.TOKENS

@@ -28,7 +28,7 @@ from effkit.speculative import (
 )
 from effkit.speculative.draft import share, tensor_bytes
 from effkit.speculative.law import statistics
-from effkit.speculative.speculate import speculate
+from effkit.speculative.speculate import DraftModel, speculate
 from effkit.zoo.use import Use
 from tests.caching.decoders import decoder, text
 from tests.speculative.cycles import cyclic, learned
@@ -342,6 +342,25 @@ def test_lookup_and_another_draft_take_turns():
     assert PromptLookup().claim(made).value == 5 and PromptLookup().claim(PromptLookup(otherwise=Speculative(gamma=6))(model)).value == 7
 
 
+def test_who_sits_out_a_pass_keeps_nothing_that_was_rejected(monkeypatch):
+    """Each proposal of a draft that is often wrong is what it writes after the very text, however passes went before."""
+    model, ids, calls = decoder(2, sharpness=20.0), text(6), []
+    made = PromptLookup(gamma=4, shortest=2, otherwise=Speculative(EarlyExit(0.5), gamma=3))(model)
+    draft, right = EarlyExit(0.5)(model), DraftModel.__call__
+
+    def checked(self, ids, most, sampler, rng):
+        proposal = right(self, ids, most, sampler, rng)
+        assert torch.equal(proposal.tokens, generate(draft, ids, most, sampler=GREEDY)[0, ids.shape[1] :])
+        calls.append(most)
+        return proposal
+
+    monkeypatch.setattr(DraftModel, "__call__", checked)
+    found = statistics(made.decoding.passes(made, ids, 60, sampler=GREEDY))
+    assert found.acceptance < 0.9 and 3 < len(calls) < found.passes - 3
+    nested = PromptLookup(gamma=2, otherwise=PromptLookup(gamma=1, shortest=2, otherwise=Speculative(gamma=6)))(model)
+    assert nested.decoding.most == 6 and PromptLookup().claim(nested).value == 7
+
+
 @pytest.mark.parametrize("other", [Speculative(EarlyExit(0.5), gamma=2), SpeculativeTree(EarlyExit(0.5), (2, 1)), Eagle(steps=0, gamma=2), Medusa(steps=0)])
 def test_who_takes_turns_with_lookup_changes_no_text(other, tmp_path):
     model, ids = decoder(0, torch.float32, sharpness=4.0), text(6)
@@ -372,6 +391,8 @@ def test_lookup_in_turns_is_exact():
 def test_who_cannot_take_turns_is_refused(other):
     with pytest.raises(ValueError, match="cannot take turns with lookup: take one that proposes a fixed number"):
         PromptLookup(otherwise=other)(decoder())
+    with pytest.raises(ValueError, match="cannot take turns with lookup"):
+        PromptLookup(otherwise=Preallocated())(PromptLookup()(decoder()))
     for bad, message in ((dict(otherwise="gpt-draft"), "otherwise must be a technique"), (dict(shortest=4), "shortest must be .* from 1 to 3, got 4")):
         with pytest.raises(ValueError, match=message):
             PromptLookup(**bad)

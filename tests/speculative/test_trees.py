@@ -234,11 +234,9 @@ def leaky(positions, held, ancestors=None):
 
 
 def test_siblings_that_see_each_other_are_refused(monkeypatch):
-    """By the text that is followed, and by what comes of every draw."""
-    test_joint_distribution_is_the_target_s_by_enumeration("drawn", "plain")
+    """By what comes of every draw."""
+    assert gap("drawn", 2) < 1e-9
     monkeypatch.setattr(generation, "visible", leaky)
-    with pytest.raises(AssertionError):
-        test_the_right_branch_is_followed_to_its_end()
     assert gap("drawn", 2) > 1e-3
 
 
