@@ -33,7 +33,7 @@ from effkit.core.training import Schedule
 from effkit.speculative import Eagle, EarlyExit, PromptLookup, Speculative
 from effkit.speculative.eagle import eagle_loss, fresh_head
 from effkit.speculative.heads import train_beside
-from effkit.studies.decoding import raced, ratio
+from effkit.studies.decoding import raced
 from effkit.studies.study import Cells, Study
 
 HEAD = "eagle-smollm2"
@@ -133,10 +133,3 @@ def settings() -> dict:
 
 
 STUDY = Study("eagle", settings, cells)
-
-
-def faster(study: dict, draft: str, kind: str, temperature: float) -> tuple[float, float, float]:
-    """Plain seconds over those with the draft, round by round: the median and its interval at 95 %."""
-    if (key := f"{draft}; {kind}; {temperature}") not in study["cells"]:
-        raise KeyError(f"no cell {key!r} in the study; there are {', '.join(study['cells'])}")
-    return ratio(study["cells"][key])
