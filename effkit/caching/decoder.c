@@ -11,7 +11,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined __AVX512F__ || defined __FMA__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -21,7 +21,11 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
+#ifdef __AVX512F__
 #define LANES 16
+#else
+#define LANES 8
+#endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
@@ -58,11 +62,20 @@ static inline Vector load(const void *at, long i, int half) {
     return value;
 }
 
+/* Fewer than LANES, and zeros behind them: what is left of a row is summed as the row was, and no compiler finds an order of its own */
+static inline Vector part(const void *at, long i, long some, int half) {
+    float each[LANES] = {0};
+    for (long j = 0; j < some; j++) each[j] = number(at, i + j, half);
+    return load(each, 0, 0);
+}
+
 /* sum + a b, rounded once: GCC on some processors rounds twice in a loop with a single sum, and once where there are several, and
  * then one token would not give what a block gives */
 static inline Vector plus(Vector sum, Vector a, Vector b) {
 #ifdef __AVX512F__
     return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined __FMA__
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 #else
     return sum + a * b;
 #endif
@@ -80,10 +93,10 @@ typedef int Places __attribute__((vector_size(16)));
 
 /* lanes i, i + 4, i + 8 and i + 12 added up */
 static inline Four quarter(const Vector *v) {
-    Eight eight[2];
+    Eight eight[LANES / 8];
     Four four[2];
     memcpy(eight, v, sizeof eight);
-    eight[0] += eight[1];
+    for (int i = 1; i < LANES / 8; i++) eight[0] += eight[i];
     memcpy(four, eight, sizeof four);
     return four[0] + four[1];
 }
@@ -108,31 +121,34 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
         float all[(R * T + 3) / 4 * 4];                                                                                   \
         long i = 0;                                                                                                       \
         for (; i + LANES <= n; i += LANES) {                                                                              \
-            Vector a[R];                                                                                                  \
-            for (int r = 0; r < R; r++) a[r] = load(w, at + r * n + i, half);                                             \
             for (int r = 0; r < R; r++) /* what comes next but one: rows are too short for the processor to foresee */    \
                 __builtin_prefetch((const char *)w + (half ? 2 : 4) * (at + (r + 2 * R) * n + i));                        \
-            for (int t = 0; t < T; t++)                                                                                   \
-                for (int r = 0; r < R; r++) sum[t][r] = plus(sum[t][r], a[r], load(x, t * n + i, 0));                      \
+            for (int r = 0; r < R; r++) {                                                                                 \
+                Vector a = load(w, at + r * n + i, half);                                                                 \
+                for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, load(x, t * n + i, 0));                        \
+            }                                                                                                             \
+        }                                                                                                                 \
+        for (int r = 0; r < R && i < n; r++) {                                                                            \
+            Vector a = part(w, at + r * n + i, n - i, half);                                                              \
+            for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, part(x, t * n + i, n - i, 0));                     \
         }                                                                                                                 \
         for (int k = 0; k < R * T; k++) lanes[k] = sum[k / R][k % R];                                                     \
         totals(lanes, R * T, all);                                                                                        \
         for (int t = 0; t < T; t++)                                                                                       \
-            for (int r = 0; r < R; r++) {                                                                                 \
-                float rest = 0;                                                                                           \
-                for (long j = i; j < n; j++) rest = fmaf(number(w, at + r * n + j, half), x[t * n + j], rest);            \
-                rest += all[t * R + r];                                                                                   \
-                y[t * wide + r] = add ? y[t * wide + r] + rest : rest;                                                    \
-            }                                                                                                             \
+            for (int r = 0; r < R; r++) y[t * wide + r] = add ? y[t * wide + r] + all[t * R + r] : all[t * R + r];        \
     }
-#define TILES(R) TILE(R, 1) TILE(R, 2) TILE(R, 3) TILE(R, 4) TILE(R, 5) TILE(R, 6)
-TILES(1) TILES(4)
-
-#ifdef __AVX512F__ /* tokens that meet four rows at once: as many as there are registers for their sums */
-#define MOST 6
-#else
-#define MOST 4
+TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(4, 1) TILE(4, 2) TILE(4, 3) TILE(4, 4)
+#ifdef __AVX512F__
+TILE(4, 5) TILE(4, 6)
+#else /* sixteen registers hold the sums of six tokens for two rows, not for four */
+#define TWICE(T)                                                                                                          \
+    static inline void tile4##T(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) { \
+        tile2##T(w, at, half, x, n, y, wide, add);                                                                        \
+        tile2##T(w, at + 2 * n, half, x, n, y + 2, wide, add);                                                            \
+    }
+TILE(2, 5) TILE(2, 6) TWICE(5) TWICE(6)
 #endif
+#define MOST 6 /* tokens that meet a row at once */
 
 /* R rows of weights and all tokens, in as few parts as can be */
 #define SOME(R, T) case T: half ? tile##R##T(w, r * n, 1, x, n, y, wide, add) : tile##R##T(w, r * n, 0, x, n, y, wide, add); break;
