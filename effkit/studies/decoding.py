@@ -18,6 +18,7 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from importlib.metadata import version
 from itertools import product
 from statistics import median
 from typing import Any
@@ -60,7 +61,7 @@ from effkit.zoo.use import Use
 FLOAT, HALF = torch.float32, torch.bfloat16
 MODELS = {"gpt-target": FLOAT, "gpt-target in bfloat16": HALF, "gpt-small": FLOAT, "smollm2": HALF}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
-TRIALS = {"smollm2": 2}  # texts of each kind; of the others 3
+TRIALS, FEW = {"held out": 8, "edits": 3}, 2  # texts of each kind; few where a token takes long
 PROMPT, NEW, ROUNDS = 64, 64, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
 PEERS = 4  # proposed at a time by those draft models that transformers races, too
 LONG = 16  # texts by which tokens a pass are foretold
@@ -76,12 +77,13 @@ def drafts(model: str) -> dict[str, Technique]:
     """In words -> the technique: all of them for gpt-target, those that need no training for gpt-small, for which chapter 08
     trains; for SmolLM2, which is slow, lookup alone: `effkit study eagle` races more."""
     lookup: dict[str, Technique] = {"prompt lookup": PromptLookup()}
-    brief: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
+    eight: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
     if model == "smollm2":
-        return brief
+        return eight
     if model == "gpt-target in bfloat16":
-        return lookup | {name: draft for name, draft in brought().items() if "distilled, 2" in name or "distilled, 4" in name}
-    return lookup | brief | (brought() | made() if model == "gpt-target" else {}) | {
+        best = ("gpt-draft-distilled, 2 in a line", "gpt-draft-distilled, 4 in a line", "lookup, else gpt-draft-distilled")
+        return lookup | {name: brought()[name] for name in best}
+    return lookup | {"prompt lookup, 6 at a time": PromptLookup(gamma=6)} | eight | (brought() | made() if model == "gpt-target" else {}) | {
         "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
         "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
         "half of the blocks": Speculative(EarlyExit(0.5)), "Jacobi": Jacobi(), "lookahead": Lookahead(),
@@ -104,7 +106,8 @@ def brought() -> dict[str, Technique]:
     for name, gamma in product(("gpt-small", "gpt-draft", "gpt-draft-distilled"), (2, 4)):
         found[f"{name}, {gamma} in a line"] = Speculative(named := Pipeline((Use(name), Fused())), gamma=gamma)
     found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
-    found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.25)
+    found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.15, extra=0.06)
+    found["lookup, else gpt-draft-distilled"] = PromptLookup(gamma=6, shortest=2, otherwise=Speculative(named, gamma=2))
     taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0)
     for how, school in {"forward KL": taught, "reverse KL": replace(taught, divergence="reverse"), "the text": replace(taught, alpha=1.0)}.items():
         found[f"gpt-draft, taught by {how}"] = Speculative(Pipeline((school, Fused())), gamma=2)
@@ -119,6 +122,11 @@ def loaded(name: str) -> tuple[Any, Task]:
         return model, task
     windows: Any = task.train
     return model, replace(task, train=replace(windows, ids=windows.ids[:LESSONS]))
+
+
+def trials(model: str, draft: str) -> dict[str, int]:
+    """How many texts of each kind: few by SmolLM2, and by copies of the target, which no fused kernel runs."""
+    return {kind: min(some, FEW) if model == "smollm2" or draft.startswith("a copy") else some for kind, some in TRIALS.items()}
 
 
 def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
@@ -193,7 +201,7 @@ def ratio(cell: dict, slow: str = "plain", quick: str = "drafting", *, less: str
 def theirs(model: Any, draft: Technique, begun: Sequence[Tensor]) -> dict[str, Callable]:
     """By transformers, plainly and with this draft; nothing where it does not know it. How many tokens it proposes it decides itself."""
     how: dict[str, Any] = {}
-    if isinstance(draft, PromptLookup):
+    if isinstance(draft, PromptLookup) and draft.otherwise is None:
         how = {"prompt_lookup_num_tokens": draft.gamma, "max_matching_ngram_size": draft.ngram}
     elif isinstance(draft, Speculative) and isinstance(draft.draft, Pipeline) and draft.gamma == PEERS:
         how = {"assistant_model": draft.draft(model).to_hf().eval()}  # type: ignore[operator]
@@ -208,14 +216,14 @@ def by_transformers(model: Any, begun: Sequence[Tensor], *, compiled: bool = Fal
     return torch.no_grad()(lambda: [hf.generate(ids, attention_mask=torch.ones_like(ids), **told) for ids in begun])
 
 
-def cell(name: str, draft: Technique) -> dict:
+def cell(name: str, draft: Technique, some: Mapping[str, int] = TRIALS) -> dict:
     """Of each kind of text and temperature, what the draft gives."""
     model, task = loaded(name)
     plain: nn.Module = Fused()(model)
     drafting: Any = draft(plain, task)
     found: dict[str, dict] = {}
     for kind, temperature in product(KINDS, TEMPERATURES):
-        begun = prompts(name, kind, TRIALS.get(name, 3))
+        begun = prompts(name, kind, some[kind])
         peers = {} if temperature else theirs(model, draft, begun)
         found[f"{kind}; {temperature}"] = raced(plain, drafting, begun, temperature, new=NEW, rounds=ROUNDS, peers=peers)
     if type(drafting.decoding) is SpeculativeDecoding and drafting.decoding.cost is None:
@@ -230,7 +238,7 @@ def caches(name: str, dtype: torch.dtype) -> dict:
     runs: dict[str, Callable] = {key: partial(write, technique(model)) for key, technique in CACHES.items()}
     runs |= {f"transformers, {key}": by_transformers(model, begun, **how) for key, how in THEIRS.items()}
     loaded.cache_clear()  # whose precision has changed
-    return {"seconds": timed(runs, ROUNDS)}
+    return {"transformers": version("transformers"), "seconds": timed(runs, ROUNDS)}
 
 
 def batches(model: str, draft: Any) -> dict:
@@ -263,12 +271,12 @@ def cells() -> Cells:
     found["gpt-target: batches"] = partial(batches, "gpt-target", brought()["gpt-draft-distilled, 2 in a line"])
     for model in MODELS:
         found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (FLOAT, HALF) if model == model.split()[0]}
-        found |= {f"{model}: {name}": partial(cell, model, draft) for name, draft in drafts(model).items()}
+        found |= {f"{model}: {name}": partial(cell, model, draft, trials(model, name)) for name, draft in drafts(model).items()}
     return found
 
 
 def settings() -> dict:
-    numbers = {"trials": TRIALS, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "batches": list(BATCHES), "requests": REQUESTS}
+    numbers = {"trials": TRIALS, "few": FEW, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "batches": list(BATCHES), "requests": REQUESTS}
     more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
     each = {f"{model}: {name}": to_json(draft) for model in MODELS for name, draft in drafts(model).items()}
     return numbers | more | {"drafts": each}
