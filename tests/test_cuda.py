@@ -1,5 +1,6 @@
 """On a GPU: every technique leaves the model where it was, computing what it computes on the processor."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from effkit import catalog, load, save, zoo
 from effkit.core.generation import Sampler
 from effkit.measure import latency, quality
+from effkit.speculative.batch import speculative_batch
+from tests.caching.decoders import decoder, text
+from tests.speculative.test_every_cache import CACHES, REFUSED, WAYS
 from tests.subjects import SUBJECTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these tests want one")
@@ -53,6 +57,25 @@ def test_a_decoder_generates_the_same_on_a_gpu():
     greedy = Sampler(temperature=0.0)
     on_processor = build().generate(prompt, 12, sampler=greedy)
     assert torch.equal(on_processor, build().cuda().generate(prompt.cuda(), 12, sampler=greedy).cpu())
+
+
+@pytest.mark.parametrize("way", ["a random draft, 4", "a tree of half of it", "lookup, 4", "lookahead", "Medusa", "EAGLE"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_cache_and_way_to_guess_writes_the_same_on_a_gpu(cache, way):
+    model = CACHES[cache](decoder())
+    wanted, there = model.generate(text(11), 30, temperature=0.0), copy.deepcopy(model).cuda()
+    assert torch.equal(there.generate(text(11).cuda(), 30, temperature=0.0).cpu(), wanted)
+    if (cache, way) not in REFUSED:
+        assert torch.equal(WAYS[way](model).cuda().generate(text(11).cuda(), 30, temperature=0.0).cpu(), wanted)
+
+
+@pytest.mark.parametrize("cache", ["preallocated", "paged", "fused"])
+def test_several_texts_are_written_on_a_gpu(cache):
+    model, draft = (CACHES[cache](decoder(seed)) for seed in (0, 1))
+    texts = [text(n)[0] for n in (3, 9)]
+    wanted = speculative_batch(model, draft, texts, 12, sampler=Sampler(temperature=0.0))
+    made = speculative_batch(model.cuda(), draft.cuda(), [ids.cuda() for ids in texts], 12, sampler=Sampler(temperature=0.0))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(made, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", ["mlp", "gpt-small"])

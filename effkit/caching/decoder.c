@@ -28,7 +28,13 @@ static int omp_get_num_threads(void) { return 1; }
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+
+/* Numbers are held as float32 (0), as bfloat16 (1), or, those of matrices, in few bits (2): of GROUP of them first a scale and an
+ * offset in float32, then codes of 4 bits, the first in the lowest bits */
+#define GROUP 32
+#define BLOCK (8 + GROUP / 2)
 
 static inline float wide(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -45,30 +51,6 @@ static inline uint16_t narrow(float value) { /* to nearest, ties to even; NaN st
 
 static inline float number(const void *at, long i, int half) { return half ? wide(((const uint16_t *)at)[i]) : ((const float *)at)[i]; }
 
-/* LANES numbers, from float32 or bfloat16 */
-static inline Vector load(const void *at, long i, int half) {
-    Vector value;
-    if (half) {
-#ifdef __AVX512F__ /* one instruction, where GCC makes four of the lines below */
-        Bits bits = (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)((const uint16_t *)at + i))) << 16;
-#else
-        Half part;
-        memcpy(&part, (const uint16_t *)at + i, sizeof part);
-        Bits bits = __builtin_convertvector(part, Bits) << 16;
-#endif
-        memcpy(&value, &bits, sizeof value);
-    } else
-        memcpy(&value, (const float *)at + i, sizeof value);
-    return value;
-}
-
-/* Fewer than LANES, and zeros behind them: what is left of a row is summed as the row was, and no compiler finds an order of its own */
-static inline Vector part(const void *at, long i, long some, int half) {
-    float each[LANES] = {0};
-    for (long j = 0; j < some; j++) each[j] = number(at, i + j, half);
-    return load(each, 0, 0);
-}
-
 /* sum + a b, rounded once: GCC on some processors rounds twice in a loop with a single sum, and once where there are several, and
  * then one token would not give what a block gives */
 static inline Vector plus(Vector sum, Vector a, Vector b) {
@@ -79,6 +61,47 @@ static inline Vector plus(Vector sum, Vector a, Vector b) {
 #else
     return sum + a * b;
 #endif
+}
+
+static inline long bytes(long numbers, int kind) { return kind == 2 ? numbers / GROUP * BLOCK : (kind ? 2 : 4) * numbers; }
+
+/* LANES numbers from the c-th behind the i-th; where bits are few, a group begins at i */
+static inline Vector load(const void *at, long i, long c, int kind) {
+    Vector value;
+    if (kind == 2) {
+        const char *group = (const char *)at + bytes(i, 2);
+        float scale, offset;
+        uint32_t eight[LANES / 8];
+        memcpy(&scale, group, 4);
+        memcpy(&offset, group + 4, 4);
+        memcpy(eight, group + 8 + c / 2, sizeof eight);
+#ifdef __AVX512F__
+        Bits codes = (Bits){eight[0], eight[0], eight[0], eight[0], eight[0], eight[0], eight[0], eight[0],
+                            eight[1], eight[1], eight[1], eight[1], eight[1], eight[1], eight[1], eight[1]};
+        codes = codes >> (Bits){0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28} & 15;
+#else
+        Bits codes = ((Bits){0} + eight[0]) >> (Bits){0, 4, 8, 12, 16, 20, 24, 28} & 15;
+#endif
+        value = plus((Vector){0} + offset, __builtin_convertvector((Whole)codes, Vector), (Vector){0} + scale);
+    } else if (kind) {
+#ifdef __AVX512F__ /* one instruction, where GCC makes four of the lines below */
+        Bits bits = (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)((const uint16_t *)at + i + c))) << 16;
+#else
+        Half part;
+        memcpy(&part, (const uint16_t *)at + i + c, sizeof part);
+        Bits bits = __builtin_convertvector(part, Bits) << 16;
+#endif
+        memcpy(&value, &bits, sizeof value);
+    } else
+        memcpy(&value, (const float *)at + i + c, sizeof value);
+    return value;
+}
+
+/* Fewer than LANES, and zeros behind them: what is left of a row is summed as the row was, and no compiler finds an order of its own */
+static inline Vector part(const void *at, long i, long some, int half) {
+    float each[LANES] = {0};
+    for (long j = 0; j < some; j++) each[j] = number(at, i + j, half);
+    return load(each, 0, 0, 0);
 }
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -116,20 +139,21 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
 
 /* R rows of weights and T tokens: y[t][r] = (add ? y[t][r] : 0) + sum w[r][i] x[t][i], the rows of y `wide` numbers apart */
 #define TILE(R, T)                                                                                                        \
-    static inline void tile##R##T(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) { \
+    static inline void tile##R##T(const void *w, long at, int kind, const float *x, long n, float *y, long wide, int add) { \
         Vector sum[T][R] = {{{0}}}, lanes[(R * T + 3) / 4 * 4] = {{0}};                                                   \
         float all[(R * T + 3) / 4 * 4];                                                                                   \
-        long i = 0;                                                                                                       \
-        for (; i + LANES <= n; i += LANES) {                                                                              \
+        long i = 0, step = kind == 2 ? GROUP : LANES;                                                                     \
+        for (; i + step <= n; i += step) {                                                                                \
             for (int r = 0; r < R; r++) /* what comes next but one: rows are too short for the processor to foresee */    \
-                __builtin_prefetch((const char *)w + (half ? 2 : 4) * (at + (r + 2 * R) * n + i));                        \
-            for (int r = 0; r < R; r++) {                                                                                 \
-                Vector a = load(w, at + r * n + i, half);                                                                 \
-                for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, load(x, t * n + i, 0));                        \
-            }                                                                                                             \
+                __builtin_prefetch((const char *)w + bytes(at + (r + 2 * R) * n + i, kind));                              \
+            for (long c = 0; c < step; c += LANES)                                                                        \
+                for (int r = 0; r < R; r++) {                                                                             \
+                    Vector a = load(w, at + r * n + i, c, kind);                                                          \
+                    for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, load(x, t * n + i, c, 0));                 \
+                }                                                                                                         \
         }                                                                                                                 \
         for (int r = 0; r < R && i < n; r++) {                                                                            \
-            Vector a = part(w, at + r * n + i, n - i, half);                                                              \
+            Vector a = part(w, at + r * n + i, n - i, kind);                                                              \
             for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, part(x, t * n + i, n - i, 0));                     \
         }                                                                                                                 \
         for (int k = 0; k < R * T; k++) lanes[k] = sum[k / R][k % R];                                                     \
@@ -142,18 +166,23 @@ TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6) TILE(4, 1) TIL
 TILE(4, 5) TILE(4, 6)
 #else /* sixteen registers hold the sums of six tokens for two rows, not for four */
 #define TWICE(T)                                                                                                          \
-    static inline void tile4##T(const void *w, long at, int half, const float *x, long n, float *y, long wide, int add) { \
-        tile2##T(w, at, half, x, n, y, wide, add);                                                                        \
-        tile2##T(w, at + 2 * n, half, x, n, y + 2, wide, add);                                                            \
+    static inline void tile4##T(const void *w, long at, int kind, const float *x, long n, float *y, long wide, int add) { \
+        tile2##T(w, at, kind, x, n, y, wide, add);                                                                        \
+        tile2##T(w, at + 2 * n, kind, x, n, y + 2, wide, add);                                                            \
     }
 TILE(2, 5) TILE(2, 6) TWICE(5) TWICE(6)
 #endif
 #define MOST 6 /* tokens that meet a row at once */
 
 /* R rows of weights and all tokens, in as few parts as can be */
-#define SOME(R, T) case T: half ? tile##R##T(w, r * n, 1, x, n, y, wide, add) : tile##R##T(w, r * n, 0, x, n, y, wide, add); break;
+#define SOME(R, T)                                                                                                        \
+    case T:                                                                                                               \
+        kind == 2 ? tile##R##T(w, r * n, 2, x, n, y, wide, add)                                                           \
+        : kind    ? tile##R##T(w, r * n, 1, x, n, y, wide, add)                                                           \
+                  : tile##R##T(w, r * n, 0, x, n, y, wide, add);                                                          \
+        break;
 #define ROWS(R)                                                                                                           \
-    static void rows##R(const void *w, long r, int half, const float *x, long n, long tokens, float *y, long wide, int add) { \
+    static void rows##R(const void *w, long r, int kind, const float *x, long n, long tokens, float *y, long wide, int add) { \
         for (long parts = (tokens + MOST - 1) / MOST, some; parts > 0; parts--, tokens -= some, x += some * n, y += some * wide) \
             switch (some = (tokens + parts - 1) / parts) { SOME(R, 1) SOME(R, 2) SOME(R, 3) SOME(R, 4) SOME(R, 5) SOME(R, 6) } \
     }
@@ -171,11 +200,11 @@ static Share share(long n, long step) {
 }
 
 /* y[t][r] = W x[t], or added to it, for this thread's rows: several products in a row need nobody to wait */
-static void product_in(const void *w, long outputs, int half, const float *x, long n, long tokens, float *y, long wide, int add) {
+static void product_in(const void *w, long outputs, int kind, const float *x, long n, long tokens, float *y, long wide, int add) {
     Share mine = share(outputs, 4);
     long r = mine.from;
-    for (; r + 4 <= mine.to; r += 4) rows4(w, r, half, x, n, tokens, y + r, wide, add);
-    for (; r < mine.to; r++) rows1(w, r, half, x, n, tokens, y + r, wide, add);
+    for (; r + 4 <= mine.to; r += 4) rows4(w, r, kind, x, n, tokens, y + r, wide, add);
+    for (; r < mine.to; r++) rows1(w, r, kind, x, n, tokens, y + r, wide, add);
 }
 
 /* e^x of -87 to 88, to 2 units in the last place: 2^whole * e^rest, |rest| <= log(2) / 2. Loops over it become vectors. */
@@ -212,42 +241,42 @@ void last_norm(float *x, const void *weight, int half, float eps, long n, long t
 
 /* Queries, keys and values of x, normalized: y (tokens, queries + 2 keys) */
 static void project_in(const float *x, const void *norm, float eps, const void *q, const void *k, const void *v, long queries, long keys,
-                       long n, long tokens, int half, float *scratch, float *y) {
+                       long n, long tokens, int half, int kind, float *scratch, float *y) {
     float *normal = scratch + omp_get_thread_num() * tokens * n;
     long all = queries + 2 * keys;
     normalize(x, norm, half, eps, n, tokens, normal);
-    product_in(q, queries, half, normal, n, tokens, y, all, 0);
-    product_in(k, keys, half, normal, n, tokens, y + queries, all, 0);
-    product_in(v, keys, half, normal, n, tokens, y + queries + keys, all, 0);
+    product_in(q, queries, kind, normal, n, tokens, y, all, 0);
+    product_in(k, keys, kind, normal, n, tokens, y + queries, all, 0);
+    product_in(v, keys, kind, normal, n, tokens, y + queries + keys, all, 0);
 }
 
 /* x += o a;  x += down (silu(gate norm(x)) * up norm(x)).  scratch: 2 * tokens * hidden floats more */
 static void finish_in(float *x, const float *a, const void *o, long heads, const void *norm, float eps, const void *gate, const void *up,
-                      const void *down, long hidden, long n, long tokens, int half, float *scratch) {
+                      const void *down, long hidden, long n, long tokens, int half, int kind, float *scratch) {
     float *normal = scratch + omp_get_thread_num() * tokens * n;
     float *inner = scratch + omp_get_num_threads() * tokens * n, *other = inner + tokens * hidden;
-    product_in(o, n, half, a, heads, tokens, x, n, 1);
+    product_in(o, n, kind, a, heads, tokens, x, n, 1);
 #pragma omp barrier
     normalize(x, norm, half, eps, n, tokens, normal);
-    product_in(gate, hidden, half, normal, n, tokens, inner, hidden, 0);
-    product_in(up, hidden, half, normal, n, tokens, other, hidden, 0);
+    product_in(gate, hidden, kind, normal, n, tokens, inner, hidden, 0);
+    product_in(up, hidden, kind, normal, n, tokens, other, hidden, 0);
     Share mine = share(hidden, 4); /* the rows that it made */
     for (long t = 0; t < tokens; t++)
         for (long i = t * hidden + mine.from; i < t * hidden + mine.to; i++) inner[i] = inner[i] / (1 + power(-inner[i])) * other[i];
 #pragma omp barrier
-    product_in(down, n, half, inner, hidden, tokens, x, n, 1);
+    product_in(down, n, kind, inner, hidden, tokens, x, n, 1);
 }
 
 void project(const float *x, const void *norm, float eps, const void *q, const void *k, const void *v, long queries, long keys,
-             long n, long tokens, int half, int threads, float *scratch, float *y) {
+             long n, long tokens, int half, int kind, int threads, float *scratch, float *y) {
 #pragma omp parallel num_threads(threads)
-    project_in(x, norm, eps, q, k, v, queries, keys, n, tokens, half, scratch, y);
+    project_in(x, norm, eps, q, k, v, queries, keys, n, tokens, half, kind, scratch, y);
 }
 
 void finish(float *x, const float *a, const void *o, long heads, const void *norm, float eps, const void *gate, const void *up,
-            const void *down, long hidden, long n, long tokens, int half, int threads, float *scratch) {
+            const void *down, long hidden, long n, long tokens, int half, int kind, int threads, float *scratch) {
 #pragma omp parallel num_threads(threads)
-    finish_in(x, a, o, heads, norm, eps, gate, up, down, hidden, n, tokens, half, scratch);
+    finish_in(x, a, o, heads, norm, eps, gate, up, down, hidden, n, tokens, half, kind, scratch);
 }
 
 /* y = W x alone: the output layer */
@@ -289,7 +318,7 @@ static Four sums(const float *chance, long m) {
 static inline void mix(const void *values, long from, int half, const float *chance, long m, long d, long c, Vector *sum) {
     Vector four[4] = {{0}};
     for (long j = 0; j < m; j++) {
-        Vector value = load(values, from + j * d + c, half);
+        Vector value = load(values, from + j * d, c, half);
         for (int t = 0; t < 4; t++)
             if (chance[t * m + j] != 0) four[t] += chance[t * m + j] * value;
     }
@@ -354,18 +383,18 @@ static void attend_in(const float *x, const float *cosine, const float *sine, vo
  * and what the parts above call scratch */
 void blocks(long count, const void **weights, const long *sizes, const float *eps, void **kept, const float *cosine, const float *sine,
             const uint8_t *mask, float *x, float *room, const long *held, int ragged, long texts, long n, long capacity, long d, long width, int half,
-            int threads) {
+            int kind, int threads) {
     long tokens = texts * n;
 #pragma omp parallel num_threads(threads)
     for (long l = 0; l < count; l++) {
         const void **w = weights + 9 * l;
         long queries = sizes[3 * l], keys = sizes[3 * l + 1], hidden = sizes[3 * l + 2];
         float *qkv = room, *seen = qkv + tokens * (queries + 2 * keys), *scratch = seen + tokens * queries;
-        project_in(x, w[0], eps[2 * l], w[1], w[2], w[3], queries, keys, width, tokens, half, scratch, qkv);
+        project_in(x, w[0], eps[2 * l], w[1], w[2], w[3], queries, keys, width, tokens, half, kind, scratch, qkv);
 #pragma omp barrier
         attend_in(qkv, cosine, sine, kept[2 * l], kept[2 * l + 1], mask, scratch, seen, texts, queries / d, keys / d, n, held, ragged, capacity, d, half);
 #pragma omp barrier
-        finish_in(x, seen, w[4], queries, w[5], eps[2 * l + 1], w[6], w[7], w[8], hidden, width, tokens, half, scratch);
+        finish_in(x, seen, w[4], queries, w[5], eps[2 * l + 1], w[6], w[7], w[8], hidden, width, tokens, half, kind, scratch);
 #pragma omp barrier
     }
 }

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from effkit.caching import nibbles
 from effkit.caching.kv import PreallocatedCache, held_per_token, set_kv
 from effkit.core import native
 from effkit.core.checkpoint import stored
@@ -34,17 +35,18 @@ from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
+from effkit.quantization.layers import QuantizedLinear
 from effkit.zoo.gpt import Attention, Block, FeedForward, InOrder, split
 
 FEW = 64  # tokens, over all rows
 _SOURCE = Path(__file__).with_name("decoder.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _P, _P],
-    "blocks": [_L, *[_P] * 9, _P, _I, *[_L] * 5, _I, _I],
+    "project": [_P, _P, _F, _P, _P, _P, *[_L] * 4, _I, _I, _I, _P, _P],
+    "blocks": [_L, *[_P] * 9, _P, _I, *[_L] * 5, _I, _I, _I],
     "last_norm": [_P, _P, _I, _F, _L, _L],
     "product": [_P, _P, *[_L] * 3, _I, _I, _P],
-    "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _P],
+    "finish": [_P, _P, _P, _L, _P, _F, _P, _P, _P, *[_L] * 3, _I, _I, _I, _P],
 }
 
 
@@ -71,8 +73,14 @@ class Plan:
         self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
         self.arrays = ((_P * len(self.at))(*self.at), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
                        (_F * len(eps))(*eps))  # fmt: skip
+        self.packed = bool(weights) and weights[0][1].dtype == torch.uint8
         self.held: list[Tensor] = []  # the cache's buffers, once it has them, and where they lie
         self.kept: Any = None
+
+    def kinds(self, dtype: torch.dtype) -> tuple[int, int]:
+        """How norms, keys and values are held, and how matrices are; as decoder.c counts."""
+        half = int(dtype == torch.bfloat16)
+        return half, 2 if self.packed else half
 
     def good(self, model: nn.Module) -> bool:
         """Whether these are the model's parts, and their weights still lie where they lay."""
@@ -119,7 +127,7 @@ class FusedCache(PreallocatedCache):
         room = stream.new_empty(plan.room(texts, n, width, self.length, d))
         library.blocks(
             len(plan.sizes), *plan.arrays, plan.kept, *pointers(cosine, sine, mask, stream, room), (_L * texts)(*starts), ragged, texts, n,
-            plan.held[0].shape[3], d, width, dtype == torch.bfloat16, torch.get_num_threads(),
+            plan.held[0].shape[3], d, width, *plan.kinds(dtype), torch.get_num_threads(),
         )  # fmt: skip
 
     def find(self, plan: Plan, stream: Float[Tensor, "b n width"], dtype: torch.dtype) -> None:
@@ -155,18 +163,24 @@ def weights(block: nn.Module, dtype: torch.dtype, width: int, d: int) -> list[Te
     for module in (block, a, f, *layers):
         if module._forward_hooks or module._forward_pre_hooks:
             return None
-    for layer in layers:
-        linear = type(layer) is nn.Linear and layer.bias is None
-        if not (linear or (type(layer) is nn.RMSNorm and layer.eps is not None)):
-            return None
-        if not readable(layer.weight) or layer.weight.dtype != dtype:
-            return None
-    held = [layer.weight for layer in layers]
-    queries, keys, hidden = (len(held[i]) for i in (1, 2, 6))
+    found = [weight(layer, dtype) for layer in layers]
+    held, shapes = [t for t, _ in filter(None, found)], [shape for _, shape in filter(None, found)]
+    if len(held) < len(layers):
+        return None
+    queries, keys, hidden = (shapes[i][0] for i in (1, 2, 6))
     inward, outward = (width, queries), (width, hidden)
-    shapes = [(width,), (queries, width), *[(keys, width)] * 2, inward, (width,), *[(hidden, width)] * 2, outward]
+    wanted = [(width,), (queries, width), *[(keys, width)] * 2, inward, (width,), *[(hidden, width)] * 2, outward]
     heads = keys > 0 and queries % keys == keys % d == d % 2 == 0
-    return held if heads and [tuple(t.shape) for t in held] == shapes else None
+    alike = len({t.dtype for t in held if t.dim() == 2}) == 1
+    return held if heads and alike and shapes == wanted else None
+
+
+def weight(layer: Any, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]] | None:
+    """A layer's weight as the kernels read it, and its shape; None where they cannot."""
+    if type(layer) is QuantizedLinear and layer.bias is None and nibbles.readable(layer.weight_store):
+        return nibbles.made(layer.weight_store), layer.weight_store.shape
+    plain = type(layer) is nn.RMSNorm and layer.eps is not None or type(layer) is nn.Linear and layer.bias is None
+    return (layer.weight, tuple(layer.weight.shape)) if plain and readable(layer.weight) and layer.weight.dtype == dtype else None
 
 
 def readable(weight: Tensor | None) -> bool:
@@ -240,7 +254,7 @@ def through(library: ctypes.CDLL, plan: Plan, stream: Float[Tensor, "b n d"], dt
     if isinstance(cache, FusedCache):
         return cache.run(library, plan, stream, dtype)
     (rows, n, width), d = stream.shape, cache.rope.head_dim
-    tokens, how = rows * n, (dtype == torch.bfloat16, torch.get_num_threads())
+    tokens, how = rows * n, (*plan.kinds(dtype), torch.get_num_threads())
     for layer, ((first, q, k, v, o, second, gate, up, down), (queries, keys, hidden)) in enumerate(zip(plan.weights, plan.sizes, strict=True)):
         qkv, room = stream.new_empty(rows, n, queries + 2 * keys), stream.new_empty(scratch(tokens, width, hidden))
         library.project(*pointers(stream, first), plan.eps[2 * layer], *pointers(q, k, v), queries, keys, width, tokens,

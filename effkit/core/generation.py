@@ -94,7 +94,7 @@ class Cache:
     def truncate(self, n: int | Int[Tensor, " b"]) -> None:
         if isinstance(n, Tensor):
             require_int("n", int(n.min()), 0, hint="it is how many tokens stay in each row")
-            lengths = n.clamp(max=self.length if self.lengths is None else self.lengths)
+            lengths = n.clamp(max=self.length if self.lengths is None else self.lengths.to(n.device))
             self.length = int(lengths.max())
             self.lengths = None if (lengths == self.length).all() else lengths
         else:
@@ -305,8 +305,9 @@ def read_prompt(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Floa
 
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
     """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
-    if ids.dim() != 2 or ids.numel() == 0:
-        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(ids.shape)}; begin with a start-of-text token")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        how = "begin with a start-of-text token; texts of unequal length go one by one, or through speculative_batch"
+        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(getattr(ids, 'shape', ())) or type(ids).__name__}; {how}")
     require_int("max_new_tokens", max_new_tokens, 0)
     context = getattr(model, "context", None)
     if context is not None and ids.shape[1] + max_new_tokens > context:

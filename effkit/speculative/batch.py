@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from effkit.core.checks import require_int
-from effkit.core.generation import Cache, Sampler, check_prompt, read_prompt, sample, stop_tensor
+from effkit.core.generation import Cache, Sampler, check_prompt, read_prompt, stop_tensor
 from effkit.speculative.draft import check_draft
 from effkit.speculative.law import Pass
-from effkit.speculative.speculate import PLAIN, upto_stop
+from effkit.speculative.speculate import PLAIN, drawn, upto_stop
 from effkit.speculative.verify import Proposal, judge
 
 Texts = Sequence[Int[Tensor, " n"]]
@@ -84,17 +84,9 @@ def proposals(
     draft: nn.Module, texts: Texts, most: int, cache: Cache, sampler: Sampler, rng: torch.Generator | None
 ) -> tuple[Int[Tensor, "b g"], Float[Tensor, "b g vocab"] | None]:
     """What the draft writes behind each text, and what it was drawn from."""
-    tokens, chances = torch.stack([text[:0] for text in texts]), []
     tail = min(2, *map(len, texts))  # where all was accepted, the last proposal was not read; where not, it is read again
-    for place in range(most):
-        seen = draft(tokens[:, -1:], cache) if place else read(draft, texts, tail, tokens, cache)
-        if sampler.temperature == 0:
-            token = seen[:, -1].argmax(-1)
-        else:
-            chances.append(sampler.probabilities(seen[:, -1]))
-            token = sample(chances[-1], rng)
-        tokens = torch.cat((tokens, token[:, None]), dim=1)
-    return tokens, torch.stack(chances, dim=1) if chances else None
+    after = lambda new: draft(new[:, -1:], cache) if new.shape[1] else read(draft, texts, tail, new, cache)  # noqa: E731
+    return drawn(after, torch.stack([text[:0] for text in texts]), most, sampler, rng)
 
 
 def read(

@@ -32,7 +32,8 @@ def vocabulary(decoder: nn.Module) -> int:
     config = getattr(decoder, "config", None)
     if hasattr(config, "vocab_size"):
         return config.vocab_size  # type: ignore[union-attr]
-    return decoder(torch.zeros(1, 1, dtype=torch.long), decoder.new_cache(capacity=1)).shape[-1]  # type: ignore[operator]
+    device = next((p.device for p in decoder.parameters()), None)
+    return decoder(torch.zeros(1, 1, dtype=torch.long, device=device), decoder.new_cache(capacity=1)).shape[-1]  # type: ignore[operator]
 
 
 def share(draft: nn.Module, target: nn.Module) -> None:

@@ -33,9 +33,8 @@ from effkit.core.surgery import note
 from effkit.core.task import Batch, Task
 from effkit.core.technique import Paper, Technique, Trait, evaluating, kept_random_state
 from effkit.core.training import Loss, Schedule, fit
-from effkit.core.traits import DECODER
 from effkit.speculative.draft import tensor_bytes, vocabulary
-from effkit.speculative.speculate import Proposer, Proposing, Seen
+from effkit.speculative.speculate import GUESSES, Proposer, Proposing, Seen
 from effkit.speculative.tree import certain, check_branching, check_ranks
 from effkit.speculative.verify import Proposal
 
@@ -171,7 +170,7 @@ class TrainedBeside(Technique):
     lr: float = 3e-3
     seed: int = 0
 
-    needs = frozenset({DECODER, FEATURES})
+    needs = GUESSES | {FEATURES}
 
     def __post_init__(self):
         require_int("epochs", self.epochs, 0, hint="0 trains nothing")

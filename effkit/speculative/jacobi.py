@@ -35,8 +35,7 @@ from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
-from effkit.core.traits import DECODER
-from effkit.speculative.speculate import Proposer, Proposing, Seen
+from effkit.speculative.speculate import GUESSES, Proposer, Proposing, Seen
 from effkit.speculative.tree import certain
 from effkit.speculative.verify import Proposal
 
@@ -154,7 +153,7 @@ class Jacobi(Technique):
 
     gamma: int = 8
 
-    needs = frozenset({DECODER})
+    needs = GUESSES
     paper = Paper("Santilli et al.", 2023, "Accelerating transformer inference for translation via parallel decoding",
                   "arXiv:2305.10427", "section 3.2, eq. 3")  # fmt: skip
 
@@ -182,7 +181,7 @@ class Lookahead(Technique):
     ngram: int = 4
     guesses: int = 5
 
-    needs = frozenset({DECODER})
+    needs = GUESSES
     paper = Paper("Fu et al.", 2024, "Break the sequential dependency of LLM inference using lookahead decoding",
                   "arXiv:2402.02057", "algorithm 2")  # fmt: skip
 

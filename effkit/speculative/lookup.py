@@ -28,8 +28,7 @@ from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
-from effkit.core.traits import DECODER
-from effkit.speculative.speculate import Proposer, Proposing, Seen
+from effkit.speculative.speculate import GUESSES, Proposer, Proposing, Seen
 from effkit.speculative.verify import Proposal
 
 MOST = 64  # tokens of a match: each token of a text is held with as many n-grams
@@ -118,7 +117,7 @@ class PromptLookup(Technique):
     shortest: int = 1
     otherwise: Technique | None = None
 
-    needs = property(lambda self: frozenset({DECODER}) | (self.otherwise.needs if self.otherwise else frozenset()))
+    needs = property(lambda self: GUESSES | (self.otherwise.needs if self.otherwise else frozenset()))
     breaks = property(lambda self: self.otherwise.breaks if self.otherwise else frozenset())
     paper = Paper("Yang et al.", 2023, "Inference with reference: lossless acceleration of large language models",
                   "arXiv:2304.04487", "section 3")  # fmt: skip

@@ -23,7 +23,7 @@ from effkit.core.generation import Autoregressive, Cache, Sampler, check_prompt,
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique
+from effkit.core.technique import Paper, Technique, Trait
 from effkit.core.traits import DECODER
 from effkit.speculative.draft import check_draft, share, tensor_bytes
 from effkit.speculative.law import Adaptive, Pass, linear
@@ -31,6 +31,8 @@ from effkit.speculative.self_draft import EarlyExit
 from effkit.speculative.verify import Proposal, judge
 
 PLAIN = Sampler()
+#: of a decoder that shall guess: what keeps answers would be passed by, and is put around it afterwards
+GUESSES = frozenset({DECODER, Trait("that no answers are kept yet (put ResultCache last)", lambda m: not hasattr(getattr(m, "decoding", None), "inner"))})
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,29 @@ class DraftModel(Proposer):
 
     def __call__(self, ids, most, sampler, rng):
         self.cache.truncate(ids.shape[1] - 1)
-        before, chances = ids.shape[1], []
-        for _ in range(most):
-            logits = self.draft(ids[:, self.cache.length :], self.cache)[:, -1]
-            if sampler.temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                chances.append(sampler.probabilities(logits))
-                token = sample(chances[-1], rng)
-            ids = torch.cat((ids, token[None]), dim=1)
-        return Proposal(ids[0, before:], torch.cat(chances) if chances else None)
+        after = lambda new: self.draft(torch.cat((ids, new), dim=1)[:, self.cache.length :], self.cache)  # noqa: E731
+        new, chances = drawn(after, ids[:, :0], most, sampler, rng)
+        return Proposal(new[0], None if chances is None else chances[0])
 
     def observe(self, seen):
         """Takes back what was rejected at once: in the next pass another may propose, and the text be longer than the cache."""
         self.cache.truncate(seen.ids.shape[1] - 1)
+
+
+def drawn(
+    after: Callable[[Int[Tensor, "b g"]], Tensor], new: Int[Tensor, "b 0"], most: int, sampler: Sampler, rng: torch.Generator | None
+) -> tuple[Int[Tensor, "b most"], Float[Tensor, "b most vocab"] | None]:
+    """What a draft writes, whose logits after what is new `after` gives, and what it was drawn from; None: it was the likeliest."""
+    chances = []
+    for _ in range(most):
+        logits = after(new)[:, -1]
+        if sampler.temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            chances.append(sampler.probabilities(logits))
+            token = sample(chances[-1], rng)
+        new = torch.cat((new, token[:, None]), dim=1)
+    return new, torch.stack(chances, dim=1) if chances else None
 
 
 def speculative_generate(
@@ -236,7 +247,7 @@ class Drafted(Technique):
             raise ValueError(f"draft must be a technique that makes it from the target, {how}, got {self.draft!r}")
 
     # the draft is a part of the model: where it is packed or masked, so is the model
-    needs = property(lambda self: self.draft.needs | {DECODER})
+    needs = property(lambda self: self.draft.needs | GUESSES)
     breaks = property(lambda self: self.draft.breaks - {DECODER})
 
     def drafting(self, model: nn.Module, task: Task, decoding: SpeculativeDecoding, how: str) -> nn.Module:

@@ -11,7 +11,10 @@ Texts     Held-out ones continued, and code edited: a held-out function and, as 
           then another function, and the head of its copy.
 Caches    A cell is one model in one precision: greedy texts by every cache and by transformers with each of its own.
 Batches   Several texts at once, with the best draft and without.
-Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy.
+Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy; and
+          percentiles of the seconds to an answer at the same arrivals.
+Passes    A pass over so many tokens, in one row.
+Agreement Of what drafts made of SmolLM2 draw, how much it accepts, without the clock.
 """
 
 import ast
@@ -67,7 +70,12 @@ PEERS = 4  # proposed at a time by those draft models that transformers races, t
 LONG = 16  # texts by which tokens a pass are foretold
 LESSONS = 400_000  # tokens of the training text that a draft may learn from
 BATCHES = (1, 2, 4, 8, 16, 32)  # texts at once
-REQUESTS = 60  # of the stream that is served
+REQUESTS, RATES, PERCENT = 60, (0.5, 1.0, 2.0, 4.0), (50, 95, 99)  # of the stream that is served; that come in a second; of the seconds
+SIZES, HELD = (1, 2, 3, 4, 5, 7, 9, 17, 32), 128  # tokens of a pass, after so many
+AGREEING: dict[str, Technique] = {
+    "the first 25 of 30 blocks": EarlyExit(5 / 6), "the first 15": EarlyExit(0.5), "5 of 30 left out, missed least": SkipLayers(1 / 6, examples=4),
+    "4 bits": RTN(bits=4, group_size=64), "3 bits": GPTQ(bits=3, group_size=64), "without half of its weights": Magnitude(0.5),
+}  # fmt: skip
 CACHES = {"recomputed": Recompute(), "concatenated": Identity(), "preallocated": Preallocated(), "fused": Fused(), "a window of 256": Window(252, 4)}
 STATIC = {"cache_implementation": "static"}
 THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": STATIC | {"compiled": True}}
@@ -93,7 +101,8 @@ def drafts(model: str) -> dict[str, Technique]:
 def made() -> dict[str, Technique]:
     """Drafts that are made of the target: its copies, and what learns from it."""
     return {
-        "a copy in 4 bits": Speculative(RTN(bits=4, group_size=64)), "a copy in 3 bits": Speculative(GPTQ(bits=3, group_size=64)),
+        "a copy in 4 bits": Speculative(Pipeline((RTN(bits=4, group_size=64), Fused())), gamma=3),
+        "a copy in 3 bits": Speculative(Pipeline((GPTQ(bits=3, group_size=64), Fused())), gamma=3),
         "a copy without half of its weights": Speculative(Magnitude(0.5)),
         "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
         "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
@@ -125,8 +134,8 @@ def loaded(name: str) -> tuple[Any, Task]:
 
 
 def trials(model: str, draft: str) -> dict[str, int]:
-    """How many texts of each kind: few by SmolLM2, and by copies of the target, which no fused kernel runs."""
-    return {kind: min(some, FEW) if model == "smollm2" or draft.startswith("a copy") else some for kind, some in TRIALS.items()}
+    """How many texts of each kind: few by SmolLM2, and by a masked copy of the target, which no fused kernel runs."""
+    return {kind: min(some, FEW) if model == "smollm2" or "without" in draft else some for kind, some in TRIALS.items()}
 
 
 def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
@@ -198,6 +207,11 @@ def ratio(cell: dict, slow: str = "plain", quick: str = "drafting", *, less: str
     return (median(ratios), *median_interval(ratios))
 
 
+def over_one(cell: dict) -> dict[int, float]:
+    """Of a cell of passes: what so many tokens cost, in passes over one."""
+    return {int(n): ratio(cell, n, "1")[0] for n in cell["seconds"]}
+
+
 def theirs(model: Any, draft: Technique, begun: Sequence[Tensor]) -> dict[str, Callable]:
     """By transformers, plainly and with this draft; nothing where it does not know it. How many tokens it proposes it decides itself."""
     how: dict[str, Any] = {}
@@ -224,7 +238,7 @@ def cell(name: str, draft: Technique, some: Mapping[str, int] = TRIALS) -> dict:
     found: dict[str, dict] = {}
     for kind, temperature in product(KINDS, TEMPERATURES):
         begun = prompts(name, kind, some[kind])
-        peers = {} if temperature else theirs(model, draft, begun)
+        peers = {} if temperature or name not in zoo.names() else theirs(model, draft, begun)  # in bfloat16 by SmolLM2 alone: they take minutes
         found[f"{kind}; {temperature}"] = raced(plain, drafting, begun, temperature, new=NEW, rounds=ROUNDS, peers=peers)
     if type(drafting.decoding) is SpeculativeDecoding and drafting.decoding.cost is None:
         found["foretold"] = foretold(plain, drafting, prompts(name, "held out", LONG), Sampler(temperature=TEMPERATURES[-1]), NEW)
@@ -263,7 +277,35 @@ def serving() -> dict:
     for _, policy in product(range(3), POLICIES):
         most = throughput_at_latency(partial(at, policy=policy), bound_s=bound, slowest=0.1, fastest=200.0, halvings=7)
         found[policy].append(most[1].throughput)
-    return {"bound, s": bound, "tokens a second": found}
+    shares = lambda served: {str(percent): served.latency(percent) for percent in PERCENT}  # noqa: E731
+    waits = {policy: {str(rate): shares(at(rate, policy)) for rate in RATES} for policy in POLICIES}
+    return {"bound, s": bound, "tokens a second": found, "seconds to an answer": waits}
+
+
+def passes(name: str) -> dict:
+    """Seconds of a pass over so many tokens."""
+    model: Any = Fused()(loaded(name)[0])
+    cache, ids = model.new_cache(capacity=HELD + max(SIZES)), loaded(name)[1].val.at(0)[0][:1, : HELD + max(SIZES)]  # type: ignore[union-attr]
+
+    def run(n: int) -> Tensor:
+        cache.truncate(HELD)
+        return model(ids[:, cache.length : HELD + n], cache)
+
+    with torch.no_grad():
+        model(ids[:, :HELD], cache)
+        return {"seconds": timed({str(n): partial(run, n) for n in SIZES}, 5 * ROUNDS)}
+
+
+@torch.no_grad()
+def agreement(name: str) -> dict:
+    """sum min(p, q) at temperature .8, along texts that the target wrote."""
+    (model, task), sampler = loaded(name), Sampler(temperature=TEMPERATURES[-1])
+    target: Any = Fused()(model)
+    begun = prompts(name, "held out", FEW)
+    texts = [target.generate(ids, NEW, sampler=sampler, rng=torch.Generator().manual_seed(i)) for i, ids in enumerate(begun)]
+    chances = lambda model: torch.cat([sampler.probabilities(model(text)[0, -NEW - 1 : -1]) for text in texts])  # noqa: E731
+    p = chances(target)
+    return {"sum min(p, q)": {what: overlap(p, chances(draft(model, task))).mean().item() for what, draft in AGREEING.items()}}
 
 
 def cells() -> Cells:
@@ -271,8 +313,9 @@ def cells() -> Cells:
     found["gpt-target: batches"] = partial(batches, "gpt-target", brought()["gpt-draft-distilled, 2 in a line"])
     for model in MODELS:
         found |= {f"{model}: caches, {str(dtype)[6:]}": partial(caches, model, dtype) for dtype in (FLOAT, HALF) if model == model.split()[0]}
+        found |= {f"{model}: passes": partial(passes, model)}
         found |= {f"{model}: {name}": partial(cell, model, draft, trials(model, name)) for name, draft in drafts(model).items()}
-    return found
+    return found | {"smollm2: agreement": partial(agreement, "smollm2")}
 
 
 def settings() -> dict:

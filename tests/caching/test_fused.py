@@ -603,11 +603,11 @@ BUGS = {
     "heads of another group": ("h / (heads / groups)", "h % groups"),
     "the last keys forgotten": ("rows1(keys, from / d + j, half, query, d, some, score + j, m, 0);", ";"),
     "the second query's sum is the first one's": ("chance[m + j], chance[2", "chance[j], chance[2"),
-    "no residual": ("product_in(o, n, half, a, heads, tokens, x, n, 1)", "product_in(o, n, half, a, heads, tokens, x, n, 0)"),
+    "no residual": ("product_in(o, n, kind, a, heads, tokens, x, n, 1)", "product_in(o, n, kind, a, heads, tokens, x, n, 0)"),
     "gate for up": ("product_in(up, hidden", "product_in(gate, hidden"),
     "a tail forgotten": ("r < R && i < n", "r < R && i > n"),
     "a tail of another token": ("part(x, t * n + i, n - i, 0)", "part(x, i, n - i, 0)"),
-    "the last row forgotten": ("rows1(w, r, half, x, n, tokens, y + r, wide, add);", ";"),
+    "the last row forgotten": ("rows1(w, r, kind, x, n, tokens, y + r, wide, add);", ";"),
     "the second norm with the first one's epsilon": ("w[5], eps[2 * l + 1], w[6]", "w[5], eps[2 * l], w[6]"),
     "epsilon forgotten": ("squares / n + eps", "squares / n"),
     "the norm's weight forgotten": ("scale * number(weight, i, half)", "scale"),
@@ -636,13 +636,13 @@ def test_narrower_registers_compute_the_same(dtype, monkeypatch):
     for sizes in ((4, 1, 3), (5, 6, 9), (11, 2)):
         computes_what_the_blocks_compute(24, sizes, dtype=dtype, d_model=35, d_ff=37, head_dim=6)
         a_block_is_its_tokens_one_by_one(24, sizes, dtype, d_model=70, d_ff=37, head_dim=6)
-    monkeypatch.setattr(fused, "_SOURCE", NARROWER + source.replace("at + 2 * n, half", "at, half"))
+    monkeypatch.setattr(fused, "_SOURCE", NARROWER + source.replace("at + 2 * n, kind", "at, kind"))
     with pytest.raises(AssertionError):
         computes_what_the_blocks_compute(24, (5, 6, 9), dtype=dtype, d_model=35, d_ff=37, head_dim=6)
 
 
 def test_a_sum_that_depends_on_the_number_of_tokens_is_noticed(monkeypatch):
-    other = "case 4: tile##R##4_other(w, r * n, half, x, n, y, wide, add); break;"
+    other = "case 4: tile##R##4_other(w, r * n, kind, x, n, y, wide, add); break;"
     changed = fused._SOURCE.read_text().replace("SOME(R, 4) SOME", f"{other} SOME").replace("ROWS(1)", OTHER + "ROWS(1)")
     assert changed.count("_other") == 4
     monkeypatch.setattr(fused, "_SOURCE", changed)

@@ -11,7 +11,7 @@ from effkit.caching.results import Remembering, meaning, simulated
 from effkit.core.generation import Sampler
 from effkit.core.task import Task
 from effkit.quantization import RTN
-from effkit.speculative import PromptLookup
+from effkit.speculative import Jacobi, Medusa, PromptLookup, Speculative
 from tests.caching.decoders import decoder, text
 
 
@@ -103,6 +103,12 @@ def test_rows_and_what_decodes_inside():
     both = torch.cat((ids, ids[:1]))
     assert torch.equal(quick.generate(both, 6, temperature=0.0), model.generate(both, 6, temperature=0.0))
     assert quick.decoding.hits == 1
+
+
+def test_a_way_to_guess_does_not_take_the_place_of_what_keeps_answers():
+    for guess in (PromptLookup(), Jacobi(), Speculative(), Medusa(steps=0)):
+        with pytest.raises(ValueError, match=f"{type(guess).__name__} needs that no answers are kept yet .put ResultCache last."):
+            guess(ResultCache()(decoder()))
 
 
 # nearly the same

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from effkit.caching import Fused, Paged, Preallocated, Recompute
 from effkit.core import generation, native
 from effkit.core.generation import Sampler, generate
-from effkit.speculative import EarlyExit, batch, verify
+from effkit.speculative import EarlyExit, batch
+from effkit.speculative import speculate as guessing
 from effkit.speculative.batch import batch_passes, speculative_batch
 from effkit.speculative.law import statistics
 from effkit.speculative.speculate import DraftModel, speculate
@@ -112,9 +113,7 @@ def gap(sampler=SAMPLERS["plain"], new=2, gamma=2, lengths=(3, 3), stop=None) ->
         made = speculative_batch(target, draft, prompts, new, gamma=gamma, sampler=sampler, stop=stop)
         return tuple(tuple(row[len(prompt) :].tolist()) for row, prompt in zip(made, prompts, strict=True))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "sample", lambda p, rng: torch.cat([verify.sample(row[None], rng) for row in p]))
-        outcome = enumerated(program)
+    outcome = enumerated(program)
     assert sum(outcome.values()) == pytest.approx(1, abs=1e-9)
     one, two = (joint(target, prompt[None], new, sampler, stop) for prompt in prompts)
     return largest_gap(outcome, {(a, b): p * q for a, p in one.items() for b, q in two.items()})
@@ -159,7 +158,7 @@ def test_rows_that_share_their_coins_are_refused(monkeypatch):
     """Each text alone is right; together they are not independent. Where every proposal is accepted, draws are all there is."""
     target = tiny(0, 5.0)
     prompts, rng, made = text(3, vocab=3).repeat(2, 1), torch.Generator().manual_seed(0), Counter()
-    monkeypatch.setattr(batch, "sample", shared_draws)
+    monkeypatch.setattr(guessing, "sample", shared_draws)
     for _ in range(300):
         rows = speculative_batch(target, target, prompts, 2, gamma=1, rng=rng)
         made[tuple(int(row[3]) for row in rows)] += 1

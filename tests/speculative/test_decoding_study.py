@@ -8,12 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import effkit
 from effkit import zoo
 from effkit.caching.streams import Request
 from effkit.core.generation import Sampler
-from effkit.core.recipe import from_json
-from effkit.core.technique import Pipeline
+from effkit.core.technique import Identity, Pipeline
 from effkit.speculative import EarlyExit, PromptLookup, Speculative, SpeculativeTree
 from effkit.studies import decoding as study
 from effkit.zoo.data import Windows
@@ -33,13 +31,17 @@ def small(monkeypatch):
     monkeypatch.setattr(study, "prompts", lambda name, kind, some: [cyclic(8)[None], cyclic(13)[None, 5:]])
     monkeypatch.setattr(study, "THEIRS", {"dynamic": {}, "static": study.STATIC})
     monkeypatch.setattr(study, "stream", lambda seed, n: [Request(tuple(cyclic(4 + i).tolist()), 3 + i, float(i)) for i in range(4)])
-    for name, value in dict(NEW=10, ROUNDS=6, LONG=4, BATCHES=(1, 2)).items():
+    monkeypatch.setattr(study, "AGREEING", {"half": EarlyExit(0.5), "itself": Identity()})
+    for name, value in dict(NEW=10, ROUNDS=6, LONG=4, BATCHES=(1, 2), HELD=4, SIZES=(1, 3), RATES=(2.0,)).items():
         monkeypatch.setattr(study, name, value)
     return model
 
 
+OTHERS = ("caches", "serving", "batches", "passes", "agreement")
+
+
 def small_cells(made):
-    return {name: cell for name, cell in made["cells"].items() if not any(word in name for word in ("caches", "serving", "batches"))}
+    return {name: cell for name, cell in made["cells"].items() if not any(word in name for word in OTHERS)}
 
 
 @pytest.mark.slow
@@ -64,15 +66,18 @@ def test_every_cell_has_its_tokens_a_pass_and_its_seconds(small, monkeypatch, tm
     for precision in ("float32", "bfloat16"):
         seconds = made["cells"][f"gpt-small: caches, {precision}"]["seconds"]
         assert set(seconds) == {*study.CACHES, *(f"transformers, {key}" for key in study.THEIRS)}
+        assert made["cells"][f"gpt-small: caches, {precision}"]["transformers"].count(".") >= 2
     assert [set(each["seconds"]) for each in made["cells"]["gpt-target: batches"].values()] == [{"plain", "drafting"}] * 2
-    rates = made["cells"]["gpt-small: serving"]["tokens a second"]
-    assert set(rates) == {"continuous", "static"} and all(len(each) == 3 and min(each) > 0 for each in rates.values())
+    rates, waits = (made["cells"]["gpt-small: serving"][what] for what in ("tokens a second", "seconds to an answer"))
+    assert set(rates) == set(waits) == {"continuous", "static"} and all(len(each) == 3 and min(each) > 0 for each in rates.values())
+    assert all(0 < one["2.0"]["50"] <= one["2.0"]["95"] <= one["2.0"]["99"] for one in waits.values())
+    assert set(made["cells"]["gpt-small: passes"]["seconds"]) == {"1", "3"}
+    accepted = made["cells"]["smollm2: agreement"]["sum min(p, q)"]
+    assert accepted["itself"] == pytest.approx(1) and 0 < accepted["half"] < 0.99
 
 
 def test_tokens_a_pass_are_foretold(small):
     """A copy is always right; of another draft many texts give about what one expects."""
-    from effkit.core.technique import Identity
-
     sampler = Sampler(temperature=1.0)
     certain = study.foretold(small, Speculative(Identity(), gamma=3)(small), [cyclic(8)[None], cyclic(9)[None]], sampler, 12)
     assert certain["sum min(p, q)"] == pytest.approx(1) and certain["tokens a pass"] == certain["place by place"] == pytest.approx(4)
@@ -165,6 +170,12 @@ def test_transformers_is_asked_only_where_it_knows_the_draft(small):
     named = Pipeline((Use("gpt-small"),))
     assert not study.theirs(small, SpeculativeTree(EarlyExit(0.5)), begun)
     assert not study.theirs(small, Speculative(named, gamma=8, cost=0.2), begun)
+    assert not study.theirs(small, PromptLookup(otherwise=Speculative(named, gamma=4)), begun)
+
+
+def test_few_texts_where_a_token_takes_long():
+    assert study.trials("gpt-small", "Jacobi") == study.trials("gpt-target", "EAGLE") == {"held out": 8, "edits": 3}
+    assert study.trials("smollm2", "prompt lookup") == study.trials("gpt-target", "a copy without half of its weights") == {"held out": 2, "edits": 2}
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +189,8 @@ def draft_cells(recorded):
 
 
 def test_every_cell_is_recorded_with_the_settings_of_now(recorded):
-    """Drafts as techniques: what a technique has learned to take since then is as it was."""
     now = study.settings()
-    read = lambda drafts: {name: from_json(recipe, effkit.techniques()) for name, recipe in drafts.items()}  # noqa: E731
-    assert read(recorded["drafts"]) == read(now.pop("drafts")) and {key: recorded[key] for key in now} == now
+    assert {key: recorded[key] for key in now} == now
     assert set(recorded["cells"]) == set(study.cells())
 
 

@@ -76,11 +76,12 @@ def enumerated(program: Callable[[], object]) -> dict[object, float]:
             ends = [math.prod(chances[:n]) for n in range(len(chances) + 1)]
             return run.choose([end * (1 - c) for end, c in zip(ends, chances, strict=False)] + [ends[-1]])
 
+        def row_by_row(p, rng, run=run):
+            return torch.tensor([run.choose(row) for row in p.reshape(-1, p.shape[-1])]).view(p.shape[:-1])
+
         with pytest.MonkeyPatch.context() as patch:
             for module in (speculate, verify):
-                patch.setattr(
-                    module, "sample", lambda p, rng, run=run: torch.tensor(run.choose(p.flatten())).view(p.shape[:-1])
-                )
+                patch.setattr(module, "sample", row_by_row)
             patch.setattr(verify, "accepted", heads_in_a_row)
             found[program()] += run.weight
         pending += run.branches
