@@ -2,7 +2,7 @@
 
 cost   macs and bytes of a token, with a cache and without; macs a byte of attention
 kv     Recompute, the baseline; Preallocated, a cache that is written in place
-fused  Fused: few tokens pass through all blocks in one call
+fused  Fused: few tokens pass through all blocks in one call; nibbles: also where weights are held in up to 4 bits
 paged     Paged: keys and values in pages of a pool, shared until somebody writes
 prefix    the beginnings that prompts share; which to keep: LRU, FIFO, Belady's optimum
 streams   requests as a server gets them, from a seed

@@ -114,7 +114,7 @@ typedef int Places __attribute__((vector_size(16)));
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
 #endif
 
-/* lanes i, i + 4, i + 8 and i + 12 added up */
+/* lanes i, i + 4 and so on added up */
 static inline Four quarter(const Vector *v) {
     Eight eight[LANES / 8];
     Four four[2];
@@ -280,9 +280,9 @@ void finish(float *x, const float *a, const void *o, long heads, const void *nor
 }
 
 /* y = W x alone: the output layer */
-void product(const float *x, const void *w, long outputs, long n, long tokens, int half, int threads, float *y) {
+void product(const float *x, const void *w, long outputs, long n, long tokens, int kind, int threads, float *y) {
 #pragma omp parallel num_threads(threads)
-    product_in(w, outputs, half, x, n, tokens, y, outputs, 0);
+    product_in(w, outputs, kind, x, n, tokens, y, outputs, 0);
 }
 
 static void rotate(const float *x, const float *cosine, const float *sine, long d, float *y) {

@@ -8,8 +8,9 @@ Exact     A number is summed in the same order however many tokens pass, so that
           one by one gives, and each of several rows, also of unequal length, what it gives alone. Greedy speculation is
           identical in bfloat16, too, where no pass has more than 64 tokens, prompts included: what is longer goes another
           way. Up to the last norm, the stream is float32.
-Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows. Layers that are no plain
-          nn.Linear, hooks, those who count operators, gradients, a GPU, no C compiler: the blocks run in order, as before.
+Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows. Layers that are neither a plain
+          nn.Linear nor offer `lines` of few bits, some of each, hooks, those who count operators, gradients, a GPU, no C compiler: the
+          blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
           nondeterminism in LLM inference" (kernels that do not depend on the batch).
 """
@@ -25,7 +26,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from effkit.caching import nibbles
 from effkit.caching.kv import PreallocatedCache, held_per_token, set_kv
 from effkit.core import native
 from effkit.core.checkpoint import stored
@@ -35,7 +35,6 @@ from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
-from effkit.quantization.layers import QuantizedLinear
 from effkit.zoo.gpt import Attention, Block, FeedForward, InOrder, split
 
 FEW = 64  # tokens, over all rows
@@ -62,18 +61,22 @@ def kernels() -> ctypes.CDLL | None:
 class Plan:
     """The weights of a decoder's blocks as the kernels want them. It holds them, so that its pointers stay good.
 
-    norm   the last one's weight, or None where that has to be called
+    layers   nine of each block, in the order of its work
+    norm     the last one's weight, or None where that has to be called
     """
 
-    def __init__(self, parts: list[Any], weights: list[list[Tensor]], norm: Tensor | None, eps: list[float]):
+    def __init__(self, parts: list[Any], layers: list[list[Any]], norm: Tensor | None, eps: list[float]):
         self.parts, self.eps = parts, eps
+        weights = [[layer.lines() if few_bits(layer) else layer.weight for layer in block] for block in layers]
+        self.packed = any(few_bits(layer) for block in layers for layer in block)
+        self.codes = [t for block in layers for layer in block if few_bits(layer) for t in layer.buffers() if not t.is_inference()]
+        self.writes = sum(t._version for t in self.codes)  # lines are copies: whoever writes to the codes leaves them as they were
         self.source = [t for block in (*weights, [] if norm is None else [norm]) for t in block]
         self.at, self.norm = pointers(*self.source), None if norm is None else norm.detach()
         self.weights = [[t.detach() for t in block] for block in weights]  # their storage; a cast gives a parameter another
         self.sizes = [(len(w[1]), len(w[2]), len(w[6])) for w in weights]  # queries, keys, hidden
         self.arrays = ((_P * len(self.at))(*self.at), (_L * (3 * len(weights)))(*(n for size in self.sizes for n in size)),
                        (_F * len(eps))(*eps))  # fmt: skip
-        self.packed = bool(weights) and weights[0][1].dtype == torch.uint8
         self.held: list[Tensor] = []  # the cache's buffers, once it has them, and where they lie
         self.kept: Any = None
 
@@ -86,17 +89,17 @@ class Plan:
         """Whether these are the model's parts, and their weights still lie where they lay."""
         now = parts(model)
         same = len(now) == len(self.parts) and all(map(operator.is_, now, self.parts))
-        return same and pointers(*self.source) == self.at
+        return same and pointers(*self.source) == self.at and sum(t._version for t in self.codes) == self.writes
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype, width: int, d: int) -> "Plan | None":
         """None where a block does anything that the kernels do not; width: of the stream, d: of a head."""
         blocks: list[Any] = list(model.blocks)  # type: ignore[arg-type]
-        held = [weights(block, dtype, width, d) for block in blocks]
-        if not all(held):
+        held = [layers(block, dtype, width, d) for block in blocks]
+        if not all(held) or len({few_bits(matrix) for block in held for matrix in block if type(matrix) is not nn.RMSNorm}) > 1:  # type: ignore[union-attr]
             return None
         last: Any = model.norm
-        fits = type(last) is nn.RMSNorm and untouched(last) and last.eps is not None and last.weight.shape == (width,) and last.weight.dtype == dtype
+        fits = type(last) is nn.RMSNorm and shape(last, dtype) == (width,) and not hooked(last)
         norms = [norm for block in blocks for norm in (block.attention_norm, block.ff_norm)] + [last] * fits
         return cls(parts(model), held, last.weight if fits else None, [norm.eps for norm in norms])  # type: ignore[arg-type]
 
@@ -154,33 +157,37 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def weights(block: nn.Module, dtype: torch.dtype, width: int, d: int) -> list[Tensor] | None:
-    """The nine weights of a block in the order of its work; None where it does anything that the kernels do not."""
+def layers(block: nn.Module, dtype: torch.dtype, width: int, d: int) -> list[Any] | None:
+    """The nine layers of a block in the order of its work; None where it does anything that the kernels do not."""
     if type(block) is not Block or type(block.attention) is not Attention or type(block.ff) is not FeedForward:
         return None
     a, f = block.attention, block.ff
-    layers = (block.attention_norm, a.q, a.k, a.v, a.o, block.ff_norm, f.gate, f.up, f.down)
-    for module in (block, a, f, *layers):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return None
-    found = [weight(layer, dtype) for layer in layers]
-    held, shapes = [t for t, _ in filter(None, found)], [shape for _, shape in filter(None, found)]
-    if len(held) < len(layers):
+    found: list[Any] = [block.attention_norm, a.q, a.k, a.v, a.o, block.ff_norm, f.gate, f.up, f.down]
+    shapes = [shape(layer, dtype) for layer in found]
+    if hooked(block, a, f, *(part for layer in found for part in layer.modules())) or None in shapes:
         return None
-    queries, keys, hidden = (shapes[i][0] for i in (1, 2, 6))
+    queries, keys, hidden = (shapes[i][0] for i in (1, 2, 6))  # type: ignore[index]
     inward, outward = (width, queries), (width, hidden)
     wanted = [(width,), (queries, width), *[(keys, width)] * 2, inward, (width,), *[(hidden, width)] * 2, outward]
     heads = keys > 0 and queries % keys == keys % d == d % 2 == 0
-    alike = len({t.dtype for t in held if t.dim() == 2}) == 1
-    return held if heads and alike and shapes == wanted else None
+    return found if heads and shapes == wanted else None
 
 
-def weight(layer: Any, dtype: torch.dtype) -> tuple[Tensor, tuple[int, ...]] | None:
-    """A layer's weight as the kernels read it, and its shape; None where they cannot."""
-    if type(layer) is QuantizedLinear and layer.bias is None and nibbles.readable(layer.weight_store):
-        return nibbles.made(layer.weight_store), layer.weight_store.shape
-    plain = type(layer) is nn.RMSNorm and layer.eps is not None or type(layer) is nn.Linear and layer.bias is None
-    return (layer.weight, tuple(layer.weight.shape)) if plain and readable(layer.weight) and layer.weight.dtype == dtype else None
+def few_bits(layer: Any) -> bool:
+    """Whether it offers its matrix in lines of few bits, and nothing else."""
+    return getattr(layer, "has_lines", False)
+
+
+def shape(layer: Any, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Of a weight that the kernels can read; None where they cannot."""
+    if few_bits(layer):
+        return layer.out_features, layer.in_features
+    plain = type(layer) is nn.RMSNorm and layer.eps is not None or type(layer) in (nn.Linear, nn.Embedding) and getattr(layer, "bias", None) is None
+    return tuple(layer.weight.shape) if plain and readable(layer.weight) and layer.weight.dtype == dtype else None
+
+
+def hooked(*modules: Any) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def readable(weight: Tensor | None) -> bool:
@@ -219,21 +226,14 @@ class Fusing(InOrder):
 
     def logits(self, model: nn.Module, features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n vocab"]:
         layer: Any = model.embedding if model.head is None else model.head
-        fits = few(features) and untouched(layer) and layer.weight.shape[1:] == features.shape[2:]
-        library = kernels() if fits and layer.weight.dtype == features.dtype else None
+        size = shape(layer, features.dtype) if few(features) and not hooked(layer) else None
+        library = kernels() if size and size[1:] == features.shape[2:] else None
         if library is None:
             return super().logits(model, features)
-        x, weight = features.float().contiguous(), layer.weight
-        y = x.new_empty(*x.shape[:2], len(weight))
-        library.product(*pointers(x, weight), len(weight), x.shape[2], x.shape[0] * x.shape[1],
-                        features.dtype == torch.bfloat16, torch.get_num_threads(), *pointers(y))  # fmt: skip
+        x, weight = features.float().contiguous(), layer.lines() if few_bits(layer) else layer.weight
+        y, kind = x.new_empty(*x.shape[:2], len(weight)), 2 if few_bits(layer) else int(features.dtype == torch.bfloat16)
+        library.product(*pointers(x, weight), len(weight), x.shape[2], x.shape[0] * x.shape[1], kind, torch.get_num_threads(), *pointers(y))
         return y.to(features.dtype)
-
-
-def untouched(layer: Any) -> bool:
-    """Whether a call of the layer does what its kind does with its weight, and nothing else."""
-    kind = type(layer) in (nn.Linear, nn.Embedding, nn.RMSNorm) and getattr(layer, "bias", None) is None
-    return kind and readable(layer.weight) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 _plans: WeakKeyDictionary[Cache, dict[tuple[torch.dtype, int], Plan | None]] = WeakKeyDictionary()  # a copied cache begins anew

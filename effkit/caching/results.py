@@ -24,7 +24,7 @@ from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
 from effkit.core.technique import Paper, Technique
-from effkit.core.traits import DECODER
+from effkit.core.traits import DECODER, UNANSWERED
 
 
 @torch.no_grad()
@@ -119,6 +119,7 @@ class ResultCache(Technique):
     threshold: float | None = None
 
     needs = frozenset({DECODER})
+    breaks = frozenset({UNANSWERED})
     paper = Paper("Bang", 2023, "GPTCache: an open-source semantic cache for LLM applications",
                   "doi:10.18653/v1/2023.nlposs-1.24")  # fmt: skip
 

@@ -306,8 +306,9 @@ def read_prompt(model: nn.Module, ids: Int[Tensor, "b n"], cache: Cache) -> Floa
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
     """Raises ValueError for an empty prompt, a wrong shape, or a text longer than the model's context."""
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         how = "begin with a start-of-text token; texts of unequal length go one by one, or through speculative_batch"
-        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {tuple(getattr(ids, 'shape', ())) or type(ids).__name__}; {how}")
+        raise ValueError(f"ids must be (batch, tokens) with at least one token, got {got}; {how}")
     require_int("max_new_tokens", max_new_tokens, 0)
     context = getattr(model, "context", None)
     if context is not None and ids.shape[1] + max_new_tokens > context:

@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 from effkit.core.surgery import is_linear_like
 from effkit.core.technique import EAGER, Trait
 
-__all__ = ["DECODER", "EAGER", "FLOAT_WEIGHTS", "UNMASKED"]
+__all__ = ["DECODER", "EAGER", "FLOAT_WEIGHTS", "UNANSWERED", "UNMASKED"]
 
 
 def _float_weights(model: nn.Module) -> bool:
@@ -21,11 +21,9 @@ def _unmasked(model: nn.Module) -> bool:
     return not any(parametrize.is_parametrized(m) for m in model.modules())
 
 
-def _decoder(model: nn.Module) -> bool:
-    """The model generates text with caches of its own."""
-    return all(hasattr(model, name) for name in ("new_cache", "generate", "kv", "decoding"))
-
-
 FLOAT_WEIGHTS = Trait("float weights", _float_weights)
 UNMASKED = Trait("plain weights (no masks)", _unmasked)
-DECODER = Trait("a decoder", _decoder)
+#: generates text with caches of its own
+DECODER = Trait("a decoder", lambda model: all(hasattr(model, name) for name in ("new_cache", "generate", "kv", "decoding")))
+#: what keeps answers stands around a way to generate: another one would take its place, and the answers with it
+UNANSWERED = Trait("that no answers are kept yet", lambda model: not hasattr(getattr(model, "decoding", None), "inner"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,6 +38,12 @@ class WeightStore(nn.Module, ABC):
         """The product with one token or a few, where there is a faster way than by the floats."""
         return None
 
+    has_lines: Any = False  # whether it has:
+
+    def lines(self) -> UInt8[Tensor, "rows bytes"]:
+        """The matrix as kernels read it that run many layers in one call: lines.py."""
+        raise NotImplementedError
+
     def bits_per_weight(self) -> float:
         """Everything that is held, over the number of weights."""
         held = sum(b.numel() * b.element_size() for b in self.buffers())
@@ -62,6 +68,14 @@ class QuantizedLinear(nn.Module):
 
     def dense_weight(self) -> Float[Tensor, "out in"]:
         return self.weight_store()
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether the lines of its store are all that this layer is."""
+        return type(self) is QuantizedLinear and self.bias is None and self.weight_store.has_lines
+
+    def lines(self) -> UInt8[Tensor, "out bytes"]:
+        return self.weight_store.lines()
 
     def forward(self, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b out"]:
         wanted = torch.is_grad_enabled() and x.requires_grad

@@ -25,6 +25,7 @@ from effkit.core.checks import require_choice, require_int
 from effkit.core.technique import Paper
 from effkit.quantization.affine import SCALE_DTYPE, dequantize, grouped, pack, quantize, ungrouped, unpack
 from effkit.quantization.layers import WeightOnly, WeightStore
+from effkit.quantization.lines import has_lines, lines
 from effkit.quantization.observers import OBSERVERS, REAL_ZERO, Grid
 
 _SOURCE = Path(__file__).with_name("packed.c")
@@ -90,6 +91,11 @@ class PackedWeight(WeightStore):
         zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.zero_point is None else self.zero_point.float()
         w = ungrouped(dequantize(q, scale[..., None], zero[..., None]), self.shape)
         return w if self.column_scale is None else w * self.column_scale.float()
+
+    has_lines = property(has_lines)
+
+    def lines(self) -> UInt8[Tensor, "rows bytes"]:
+        return lines(self)
 
     def matvec(self, x: Float[Tensor, "*few n"]) -> Float[Tensor, "*few rows"] | None:
         """By the native kernel; None where it does not apply: other bits, groups or floats, many tokens, no C compiler."""

@@ -23,16 +23,15 @@ from effkit.core.generation import Autoregressive, Cache, Sampler, check_prompt,
 from effkit.core.report import Reading
 from effkit.core.surgery import note
 from effkit.core.task import Task
-from effkit.core.technique import Paper, Technique, Trait
-from effkit.core.traits import DECODER
+from effkit.core.technique import Paper, Technique
+from effkit.core.traits import DECODER, UNANSWERED
 from effkit.speculative.draft import check_draft, share, tensor_bytes
 from effkit.speculative.law import Adaptive, Pass, linear
 from effkit.speculative.self_draft import EarlyExit
 from effkit.speculative.verify import Proposal, judge
 
 PLAIN = Sampler()
-#: of a decoder that shall guess: what keeps answers would be passed by, and is put around it afterwards
-GUESSES = frozenset({DECODER, Trait("that no answers are kept yet (put ResultCache last)", lambda m: not hasattr(getattr(m, "decoding", None), "inner"))})
+GUESSES = frozenset({DECODER, UNANSWERED})  # what a decoder must be that shall guess
 
 
 @dataclass(frozen=True)

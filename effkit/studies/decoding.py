@@ -64,7 +64,8 @@ from effkit.zoo.use import Use
 FLOAT, HALF = torch.float32, torch.bfloat16
 MODELS = {"gpt-target": FLOAT, "gpt-target in bfloat16": HALF, "gpt-small": FLOAT, "smollm2": HALF}
 KINDS, TEMPERATURES = ("held out", "edits"), (0.0, 0.8)
-TRIALS, FEW = {"held out": 8, "edits": 3}, 2  # texts of each kind; few where a token takes long
+TRIALS, FEW = {"held out": 8, "edits": 3}, 2  # texts of each kind; few where a token takes long:
+SLOW = "a copy without half of its weights"  # whose masks stay, so that no fused kernel runs it
 PROMPT, NEW, ROUNDS = 64, 64, 6  # tokens of a held-out text to begin with, new ones, times that each is timed
 PEERS = 4  # proposed at a time by those draft models that transformers races, too
 LONG = 16  # texts by which tokens a pass are foretold
@@ -91,7 +92,7 @@ def drafts(model: str) -> dict[str, Technique]:
     if model == "gpt-target in bfloat16":
         best = ("gpt-draft-distilled, 2 in a line", "gpt-draft-distilled, 4 in a line", "lookup, else gpt-draft-distilled")
         return lookup | {name: brought()[name] for name in best}
-    return lookup | {"prompt lookup, 6 at a time": PromptLookup(gamma=6)} | eight | (brought() | made() if model == "gpt-target" else {}) | {
+    return lookup | eight | (brought() | made() if model == "gpt-target" else {}) | {
         "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
         "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
         "half of the blocks": Speculative(EarlyExit(0.5)), "Jacobi": Jacobi(), "lookahead": Lookahead(),
@@ -103,7 +104,7 @@ def made() -> dict[str, Technique]:
     return {
         "a copy in 4 bits": Speculative(Pipeline((RTN(bits=4, group_size=64), Fused())), gamma=3),
         "a copy in 3 bits": Speculative(Pipeline((GPTQ(bits=3, group_size=64), Fused())), gamma=3),
-        "a copy without half of its weights": Speculative(Magnitude(0.5)),
+        SLOW: Speculative(Magnitude(0.5)),
         "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
         "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
     }  # fmt: skip
@@ -116,6 +117,7 @@ def brought() -> dict[str, Technique]:
         found[f"{name}, {gamma} in a line"] = Speculative(named := Pipeline((Use(name), Fused())), gamma=gamma)
     found["gpt-draft-distilled, a tree"] = SpeculativeTree(named)
     found["gpt-draft-distilled, gamma adapts"] = Speculative(named, gamma=8, cost=0.15, extra=0.06)
+    found["prompt lookup, 6 at a time"] = PromptLookup(gamma=6)
     found["lookup, else gpt-draft-distilled"] = PromptLookup(gamma=6, shortest=2, otherwise=Speculative(named, gamma=2))
     taught = Distill(Use("gpt-draft"), alpha=0.0, temperature=1.0)
     for how, school in {"forward KL": taught, "reverse KL": replace(taught, divergence="reverse"), "the text": replace(taught, alpha=1.0)}.items():
@@ -134,8 +136,8 @@ def loaded(name: str) -> tuple[Any, Task]:
 
 
 def trials(model: str, draft: str) -> dict[str, int]:
-    """How many texts of each kind: few by SmolLM2, and by a masked copy of the target, which no fused kernel runs."""
-    return {kind: min(some, FEW) if model == "smollm2" or "without" in draft else some for kind, some in TRIALS.items()}
+    """How many texts of each kind."""
+    return {kind: min(some, FEW) if model == "smollm2" or draft == SLOW else some for kind, some in TRIALS.items()}
 
 
 def prompts(name: str, kind: str, some: int) -> list[Int[Tensor, "1 n"]]:
@@ -321,6 +323,7 @@ def cells() -> Cells:
 def settings() -> dict:
     numbers = {"trials": TRIALS, "few": FEW, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "batches": list(BATCHES), "requests": REQUESTS}
     more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
+    more |= {"rates": list(RATES), "percent": list(PERCENT), "sizes": list(SIZES), "held": HELD, "agreeing": {k: to_json(v) for k, v in AGREEING.items()}}
     each = {f"{model}: {name}": to_json(draft) for model in MODELS for name, draft in drafts(model).items()}
     return numbers | more | {"drafts": each}
 

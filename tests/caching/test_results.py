@@ -10,6 +10,7 @@ from effkit.caching import ResultCache
 from effkit.caching.results import Remembering, meaning, simulated
 from effkit.core.generation import Sampler
 from effkit.core.task import Task
+from effkit.core.technique import Pipeline
 from effkit.quantization import RTN
 from effkit.speculative import Jacobi, Medusa, PromptLookup, Speculative
 from tests.caching.decoders import decoder, text
@@ -107,8 +108,11 @@ def test_rows_and_what_decodes_inside():
 
 def test_a_way_to_guess_does_not_take_the_place_of_what_keeps_answers():
     for guess in (PromptLookup(), Jacobi(), Speculative(), Medusa(steps=0)):
-        with pytest.raises(ValueError, match=f"{type(guess).__name__} needs that no answers are kept yet .put ResultCache last."):
+        name = type(guess).__name__
+        with pytest.raises(ValueError, match=f"{name} needs that no answers are kept yet, which this model lacks"):
             guess(ResultCache()(decoder()))
+        with pytest.raises(ValueError, match=f"{name} needs that no answers are kept yet, which ResultCache removes; put {name} first"):
+            Pipeline((ResultCache(), guess))
 
 
 # nearly the same

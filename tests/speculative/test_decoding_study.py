@@ -4,6 +4,7 @@ import copy
 import json
 import platform
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_transformers_is_asked_only_where_it_knows_the_draft(small):
 
 def test_few_texts_where_a_token_takes_long():
     assert study.trials("gpt-small", "Jacobi") == study.trials("gpt-target", "EAGLE") == {"held out": 8, "edits": 3}
-    assert study.trials("smollm2", "prompt lookup") == study.trials("gpt-target", "a copy without half of its weights") == {"held out": 2, "edits": 2}
+    assert study.trials("smollm2", "prompt lookup") == study.trials("gpt-target", study.SLOW) == {"held out": 2, "edits": 2}
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +208,10 @@ def test_the_fused_decoder_is_faster_than_every_cache_of_transformers(recorded):
 
 
 def test_aims(recorded):
-    """Continuous batching by half as much again as static; tokens a pass foretold; lookup pays on held-out text, and twice where
+    """Continuous batching by half as much again as static, by the median of three; tokens a pass foretold; lookup pays on held-out text, and twice where
     SmolLM2 edits code, its prompts read in that time. What was missed is told by notebook 08 and not asserted."""
     rates = recorded["cells"]["gpt-small: serving"]["tokens a second"]
-    assert all(a >= 1.5 * b for a, b in zip(rates["continuous"], rates["static"], strict=True))
+    assert median(rates["continuous"]) >= 1.5 * median(rates["static"])
     cells = draft_cells(recorded)
     for name, cell in cells.items():
         if said := cell.get("foretold"):
@@ -221,6 +222,17 @@ def test_aims(recorded):
         assert any(study.ratio(cell["held out; 0.0"])[1] > 1 for (name, draft), cell in cells.items() if name == model and "lookup" in draft), model
     eight = cells["smollm2", "prompt lookup, 8 at a time"]["edits; 0.0"]
     assert study.ratio(eight)[1] >= 2
+
+
+def test_a_pass_over_several_tokens_costs_little_more_than_one(recorded):
+    """What speculation lives on, and the more so the larger the model is."""
+    four = {name: study.over_one(recorded["cells"][f"{name}: passes"])[4] for name in ("gpt-small", "gpt-target", "smollm2")}
+    assert all(1 <= cost < 2 for cost in four.values()) and four["smollm2"] < four["gpt-small"], four
+
+
+def test_smollm2_accepts_copies_in_few_bits_and_hardly_its_own_half(recorded):
+    accepted = recorded["cells"]["smollm2: agreement"]["sum min(p, q)"]
+    assert accepted["4 bits"] > accepted["3 bits"] > accepted["the first 25 of 30 blocks"] > accepted["the first 15"]
 
 
 def test_a_draft_that_learned_on_from_the_target_guesses_better(recorded):
@@ -234,7 +246,7 @@ def test_a_draft_that_learned_on_from_the_target_guesses_better(recorded):
 def test_losing_cases(recorded):
     """Many texts at once; a draft that is made of half of the target; a window, whose keys are turned anew, on a short text."""
     some = recorded["cells"]["gpt-target: batches"]
-    assert all(study.ratio(some[str(n)])[2] < 1 for n in study.BATCHES if n >= 2)
+    assert all(study.ratio(some[str(n)])[2] < 1 for n in study.BATCHES if n >= 8) and study.ratio(some["1"])[1] > 1
     assert all(study.ratio(cell["held out; 0.0"])[2] < 1 for (_, name), cell in draft_cells(recorded).items() if name == "half of the blocks")
     for model in ("gpt-target", "gpt-small"):
         assert study.ratio(recorded["cells"][f"{model}: caches, float32"], "preallocated", "a window of 256")[2] < 1
