@@ -37,7 +37,7 @@ MAY_IMPORT = {
 BORROWED = {("caching", "quantization")}  # the affine map, for keys and values of few bits
 #: lines of code (docstrings, comments and blank lines are the book around them); why these: docs/decisions.md
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 250, 40
-MOST_LINES_OF_A_CHAPTER, MOST_LINES_OF_A_DEEP_CHAPTER = 1_100, 1_850
+MOST_LINES_OF_A_CHAPTER, MOST_LINES_OF_A_DEEP_CHAPTER = 1_100, 1_890
 DEEP = {"quantization", "caching", "speculative"}  # chapters with every method of their ladder
 MOST_LINES_OF_THE_LIBRARY = 12_360  # whatever a chapter takes
 MOST_LINES_OF_THE_FRAME = 4_030  # core, measure, zoo, training and the modules beside them: may only be lowered

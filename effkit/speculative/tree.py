@@ -8,8 +8,8 @@ Exact     Children are drawn from q without replacement, and tried in turn (veri
 Cost      One pass of the draft a level, over all nodes above it: a pass can branch from what the cache held before, but
           not inside of it, so that a level is fed what is above it anew. The target is fed every node.
 Limit     Where the target's time grows with the tokens of a pass, a wide tree costs more than it gains: with its distilled
-          draft gpt-target writes 3.2 tokens a pass of 4 proposals in a line, which is 1.2 times as fast as plainly, and 3.4
-          of a tree of 3 levels and 15 proposals: .7 times (`effkit study decoding`, greedily).
+          draft gpt-target writes 2.8 tokens a pass of 4 proposals in a line, which is 1.2 times as fast as plainly, and 3.0
+          of a tree of 3 levels and 15 proposals: .8 times (`effkit study decoding`, greedily).
 Left out  Trees that grow where q is sure (Li et al. 2024, arXiv:2406.16858); several drafts that vote (SpecInfer).
 Source    Miao et al. 2023, arXiv:2305.09781, sections 3 and 4; without replacement: Jeon et al. 2024, arXiv:2402.14160,
           section 3.2.2 (RSD-S).

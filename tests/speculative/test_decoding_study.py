@@ -225,14 +225,15 @@ def test_aims(recorded):
 
 
 def test_a_pass_over_several_tokens_costs_little_more_than_one(recorded):
-    """What speculation lives on, and the more so the larger the model is."""
-    four = {name: study.over_one(recorded["cells"][f"{name}: passes"])[4] for name in ("gpt-small", "gpt-target", "smollm2")}
-    assert all(1 <= cost < 2 for cost in four.values()) and four["smollm2"] < four["gpt-small"], four
+    """What speculation lives on; 32 tokens are arithmetic for every model."""
+    for name in ("gpt-small", "gpt-target", "smollm2"):
+        cost = study.over_one(recorded["cells"][f"{name}: passes"])
+        assert cost[4] < 2 < cost[32], (name, cost)
 
 
 def test_smollm2_accepts_copies_in_few_bits_and_hardly_its_own_half(recorded):
     accepted = recorded["cells"]["smollm2: agreement"]["sum min(p, q)"]
-    assert accepted["4 bits"] > accepted["3 bits"] > accepted["the first 25 of 30 blocks"] > accepted["the first 15"]
+    assert accepted["4 bits"] > accepted["3 bits"] > accepted["the first 25 of 30 blocks"] > accepted["the first 15"] > 0
 
 
 def test_a_draft_that_learned_on_from_the_target_guesses_better(recorded):
