@@ -5,8 +5,8 @@
  * tokens while it is near.
  *
  * Every number of a result is summed in one order, however many tokens pass at once. So a block of tokens gives bit for
- * bit what its tokens give one by one, in bfloat16 too: verifying is repeating. (What passes here: fused.py sends longer
- * blocks elsewhere.)
+ * bit what its tokens give one by one, in bfloat16 too: verifying is repeating. (fused.py sends some longer blocks
+ * elsewhere.)
  */
 #include <math.h>
 #include <stdint.h>
@@ -345,10 +345,10 @@ static void attend_in(const float *x, const float *cosine, const float *sine, vo
 #pragma omp barrier
     mine = share(texts * heads, 1);
     for (long r = mine.from; r < mine.to; r++) {
-        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d, m = held[b] + n, at = ragged ? b * n * d : 0;
-        float *score = scratch + r * 4 * (most + d), *query = score + 4 * m;
+        long b = r / heads, h = r % heads, from = (b * groups + h / (heads / groups)) * room * d, at = ragged ? b * n * d : 0;
+        float *score = scratch + r * 4 * (most + d), *query = score + 4 * most;
         for (long i = 0; i < n; i += 4) {
-            long some = n - i < 4 ? n - i : 4, j = 0, c = 0;
+            long some = n - i < 4 ? n - i : 4, m = held[b] + (mask ? n : i + some), j = 0, c = 0; /* what comes later is not seen */
             float *place = out + ((b * n + i) * heads + h) * d;
             for (long t = 0; t < some; t++) {
                 rotate(x + ((b * n + i + t) * all_heads + h) * d, cosine + at + (i + t) * d, sine + at + (i + t) * d, d, query + t * d);

@@ -17,20 +17,21 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from effkit.core.paths import cache_dir
 
 #: sums may be reordered; not -ffast-math, which would make the whole process flush denormal numbers to zero once the
 #: kernel is loaded (GCC before 13 links crtfastmath.o), and would forget infinities and NaN
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
 FLAGS = ("-O3", "-march=native", *MATH, "-fPIC", "-shared", "-fopenmp")
-_NAMES = ("cc", "gcc", "clang")
 
 
 def compiler() -> str | None:
     """The C compiler to use: $CC, else the first of cc, gcc, clang; EFFKIT_NO_COMPILER=1 plays a machine without."""
     if os.environ.get("EFFKIT_NO_COMPILER") == "1":
         return None
-    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), *_NAMES)))), None)
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))), None)
 
 
 def library(source: Path | str) -> ctypes.CDLL | None:
@@ -103,10 +104,13 @@ def _key(text: str, cc: str) -> str:
     return hashlib.sha256("\n".join((text, cc, version, *FLAGS, _features())).encode()).hexdigest()[:32]
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16; where it does not, a library's products are slower in it than in float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def _features() -> str:
     """The processor's instruction sets: -march=native code of one machine may crash on another."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() + platform.machine()
-    lines = cpuinfo.read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor() + platform.machine())

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from effkit.core.checkpoint import SCHEMA, read_tensors, write_tensors
+from effkit.core.native import has_bfloat16
 from effkit.core.task import Batch, Task
 from effkit.core.technique import evaluating
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions of a processor for products
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _step(run: _Run, step: int) -> float:
     batch = run.task.train.at(step)  # type: ignore[union-attr]
     for group in run.optimizer.param_groups:
         group["lr"] = run.schedule.rate(step)
-    has = batch[0].is_cuda or any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16)
+    has = batch[0].is_cuda or has_bfloat16()
     with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=run.schedule.autocast and has):
         value = run.value(batch)
     if not torch.isfinite(value):

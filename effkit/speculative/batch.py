@@ -5,7 +5,7 @@ Idea      The draft proposes gamma tokens for every text, the target judges all 
           back what was rejected of it: texts grow at their own speed, so that rows of the caches differ in length. Nothing
           waits until the end, which comes with the slowest text.
 Exact     Rows do not see each other, and each is judged by itself (verify.py). Fused blocks (chapter 07) sum up each row as if it
-          were alone, also where rows differ in length, while a pass, that over the padded prompts included, has no more than 64 tokens in all.
+          were alone, also where rows differ in length, while every pass, that over the padded prompts included, is short enough for them.
 Limit     b texts and gamma proposals make a pass over b (gamma + 1) tokens. Reading the weights costs the same for one token
           and for many, until arithmetic costs more than reading: from some batch size on, what is rejected is paid for.
 Left out  A text that has ended keeps its row, as in `generate` (chapter 07 fills it with the next request); a gamma of each
