@@ -248,8 +248,12 @@ def _styles() -> Iterator[dict]:
 
 
 def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
+    """Scales and a legend: among the lines where they are few, and below them where it would hide some."""
     _scale(axes, logx, logy)
-    axes.legend(frameon=False, **place)
+    if len(axes.lines) > 4 and not place:
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    else:
+        axes.legend(frameon=False, **place)
 
 
 def _scale(axes: Axes, logx: bool, logy: bool) -> None:

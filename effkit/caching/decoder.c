@@ -84,8 +84,10 @@ static inline Vector load(const void *at, long i, long c, int kind) {
 #endif
         value = plus((Vector){0} + offset, __builtin_convertvector((Whole)codes, Vector), (Vector){0} + scale);
     } else if (kind) {
-#ifdef __AVX512F__ /* one instruction, where GCC makes four of the lines below */
+#ifdef __AVX512F__ /* one instruction, where GCC makes four of the lines below, or six */
         Bits bits = (Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)((const uint16_t *)at + i + c))) << 16;
+#elif defined __AVX2__ && defined __FMA__
+        Bits bits = (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)at + i + c))) << 16;
 #else
         Half part;
         memcpy(&part, (const uint16_t *)at + i + c, sizeof part);
@@ -98,7 +100,7 @@ static inline Vector load(const void *at, long i, long c, int kind) {
 }
 
 /* Fewer than LANES, and zeros behind them: what is left of a row is summed as the row was, and no compiler finds an order of its own */
-static inline Vector part(const void *at, long i, long some, int half) {
+static __attribute__((noinline)) Vector part(const void *at, long i, long some, int half) {
     float each[LANES] = {0};
     for (long j = 0; j < some; j++) each[j] = number(at, i + j, half);
     return load(each, 0, 0, 0);
@@ -137,11 +139,13 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
     }
 }
 
-/* R rows of weights and T tokens: y[t][r] = (add ? y[t][r] : 0) + sum w[r][i] x[t][i], the rows of y `wide` numbers apart */
+/* R rows of weights and T tokens: y[t][r] = (add ? y[t][r] : 0) + sum w[r][i] x[t][i], the rows of y `wide` numbers apart. The sums
+ * stay in registers as long as every index of theirs is known to the compiler: so the tail's loop, too, is unrolled */
 #define TILE(R, T)                                                                                                        \
     static inline void tile##R##T(const void *w, long at, int kind, const float *x, long n, float *y, long wide, int add) { \
-        Vector sum[T][R] = {{{0}}}, lanes[(R * T + 3) / 4 * 4] = {{0}};                                                   \
+        Vector sum[T][R], lanes[(R * T + 3) / 4 * 4];                                                                     \
         float all[(R * T + 3) / 4 * 4];                                                                                   \
+        for (int k = 0; k < R * T; k++) sum[k / R][k % R] = (Vector){0};                                                  \
         long i = 0, step = kind == 2 ? GROUP : LANES;                                                                     \
         for (; i + step <= n; i += step) {                                                                                \
             for (int r = 0; r < R; r++) /* what comes next but one: rows are too short for the processor to foresee */    \
@@ -152,10 +156,12 @@ static __attribute__((noinline, noclone)) void totals(const Vector *v, long coun
                     for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, load(x, t * n + i, c, 0));                 \
                 }                                                                                                         \
         }                                                                                                                 \
-        for (int r = 0; r < R && i < n; r++) {                                                                            \
-            Vector a = part(w, at + r * n + i, n - i, kind);                                                              \
-            for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, part(x, t * n + i, n - i, 0));                     \
-        }                                                                                                                 \
+        if (i < n)                                                                                                        \
+            _Pragma("GCC unroll 4") for (int r = 0; r < R; r++) {                                                         \
+                Vector a = part(w, at + r * n + i, n - i, kind);                                                          \
+                for (int t = 0; t < T; t++) sum[t][r] = plus(sum[t][r], a, part(x, t * n + i, n - i, 0));                 \
+            }                                                                                                             \
+        for (int k = R * T; k < (R * T + 3) / 4 * 4; k++) lanes[k] = (Vector){0};                                         \
         for (int k = 0; k < R * T; k++) lanes[k] = sum[k / R][k % R];                                                     \
         totals(lanes, R * T, all);                                                                                        \
         for (int t = 0; t < T; t++)                                                                                       \

@@ -43,10 +43,13 @@ from effkit.measure.latency import median_interval, samples
 from effkit.pruning import Magnitude
 from effkit.quantization import GPTQ, RTN
 from effkit.speculative import (
+    Eagle,
     EarlyExit,
     Jacobi,
+    Lookahead,
     Medusa,
     PromptLookup,
+    SkipLayers,
     Speculative,
     SpeculativeTree,
 )
@@ -80,17 +83,20 @@ THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": 
 
 
 def drafts(model: str) -> dict[str, Technique]:
-    """In words -> the technique: most of them for gpt-target, a few for gpt-small, which chapter 08 races with all of them, and for
-    the target in bfloat16; for SmolLM2, which is slow, lookup alone: `effkit study eagle` races more."""
+    """In words -> the technique: all of them for gpt-target, for gpt-small those that need no training, for which chapter 08 trains, and
+    few where a token takes long: `effkit study eagle` races more on SmolLM2."""
     lookup: dict[str, Technique] = {"prompt lookup": PromptLookup()}
     eight: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
+    alone: dict[str, Technique] = {"Jacobi": Jacobi(), "lookahead": Lookahead()}
     if model == "smollm2":
-        return eight
+        return eight | alone | {name: made()[name] for name in ["a copy in 4 bits"]}
     if model == "gpt-target in bfloat16":
         best = ("gpt-draft-distilled, 2 in a line", "lookup, else gpt-draft-distilled")
         return lookup | {name: brought()[name] for name in best}
-    own: dict[str, Technique] = {"half of the blocks": Speculative(EarlyExit(0.5)), "Jacobi": Jacobi()}
-    return lookup | eight | (brought() | made() if model == "gpt-target" else own)
+    return lookup | eight | alone | (brought() | made() if model == "gpt-target" else {}) | {
+        "half of the blocks": Speculative(EarlyExit(0.5)), "five sixths of the blocks": Speculative(EarlyExit(5 / 6)),
+        "five sixths of the blocks, the others missed least": Speculative(SkipLayers(1 / 6, examples=4)),
+    }  # fmt: skip
 
 
 def made() -> dict[str, Technique]:
@@ -100,7 +106,7 @@ def made() -> dict[str, Technique]:
         "a copy in 3 bits": Speculative(Pipeline((GPTQ(bits=3, group_size=64), Fused())), gamma=3),
         SLOW: Speculative(Magnitude(0.5)),
         "a third of the blocks, distilled": Speculative(Distill(EarlyExit(1 / 3), temperature=1.0, epochs=2)),
-        "Medusa": Medusa(steps=300, lr=1e-2, nodes=12),
+        "Medusa": Medusa(steps=300, lr=1e-2, nodes=12), "EAGLE": Eagle(steps=300),
     }  # fmt: skip
 
 

@@ -628,7 +628,7 @@ BUGS = {
     "the second query's sum is the first one's": ("chance[m + j], chance[2", "chance[j], chance[2"),
     "no residual": ("product_in(o, n, kind, a, heads, tokens, x, n, 1)", "product_in(o, n, kind, a, heads, tokens, x, n, 0)"),
     "gate for up": ("product_in(up, hidden", "product_in(gate, hidden"),
-    "a tail forgotten": ("r < R && i < n", "r < R && i > n"),
+    "a tail forgotten": ("if (i < n)", "if (i > n)"),
     "a tail of another token": ("part(x, t * n + i, n - i, 0)", "part(x, i, n - i, 0)"),
     "the last row forgotten": ("rows1(w, r, kind, x, n, tokens, y + r, wide, add);", ";"),
     "the second norm with the first one's epsilon": ("w[5], eps[2 * l + 1], w[6]", "w[5], eps[2 * l], w[6]"),
