@@ -212,10 +212,9 @@ def guess(fig: Figure, value: float | None, *, axis: str = "y") -> Figure:
     """Draws the learner's guess into the result, where there is one: a dotted line across the first panel."""
     require_choice("axis", axis, ("x", "y"))
     if isinstance(value, int | float):
-        axes = fig.axes[0]
-        line = axes.axhline if axis == "y" else axes.axvline
-        line(value, color=COLOURS[3], linestyle=(0, (1, 2)), linewidth=2, label=f"your guess: {value:g}")
-        axes.legend(frameon=False)
+        draw = fig.axes[0].axhline if axis == "y" else fig.axes[0].axvline
+        draw(value, color=COLOURS[3], linestyle=(0, (1, 2)), linewidth=2, label=f"your guess: {value:g}")
+        _finish(fig.axes[0], False, False)
     return fig
 
 
@@ -250,10 +249,8 @@ def _styles() -> Iterator[dict]:
 def _finish(axes: Axes, logx: bool, logy: bool, **place) -> None:
     """Scales and a legend: among the lines where they are few, and below them where it would hide some."""
     _scale(axes, logx, logy)
-    if len(axes.lines) > 4 and not place:
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    else:
-        axes.legend(frameon=False, **place)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2} if len(axes.get_legend_handles_labels()[1]) > 4 else {}
+    axes.legend(frameon=False, **(place or below))
 
 
 def _scale(axes: Axes, logx: bool, logy: bool) -> None:

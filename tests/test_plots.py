@@ -126,6 +126,16 @@ def test_a_guess_is_drawn_where_there_is_one():
         plots.guess(fig, 3.0, axis="z")
 
 
+@pytest.mark.parametrize("many", [4, 5, 7])
+def test_a_legend_of_many_lines_stands_below_them(many):
+    fig = plots.guess(plots.lines(dict.fromkeys("abcdef"[: many - 1], (X, X)), **WORDS), 3.0)
+    fig.draw_without_rendering()
+    axes, legend = fig.axes[0], fig.axes[0].get_legend()
+    assert len(legend.get_texts()) == many and not fig.legends
+    assert (legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0) == (many > 4)
+    assert legend.get_window_extent().y0 >= 0
+
+
 def test_a_figure_is_shown_with_its_words(capsys, monkeypatch):
     fig = plots.lines({"a": (X, X)}, **WORDS)
     with pytest.raises(ValueError, match="alt is empty"):

@@ -1,4 +1,4 @@
-"""Fused decoding: a few tokens pass through all blocks in one call.
+"""Fused decoding: a few tokens, and some prompts, pass through all blocks in one call.
 
 Problem   With a cache, writing a token is a few million macs, and hundreds of operators are called for it: a small model
           waits for its own Python. And a library's matrix product, made for many rows, reads weights slowly for one.
@@ -8,10 +8,10 @@ Exact     A number is summed in the same order however many tokens pass, so that
           one by one gives, and each of several rows, also of unequal length, what it gives alone. Greedy speculation is
           identical in bfloat16, too, where every pass goes this way, that over the prompt included. Up to the last norm, the
           stream is float32.
-Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows; but in bfloat16, where the
-          processor does not multiply in it, those are slow, and none is too long. Layers that are neither a plain nn.Linear nor
-          offer `lines` of few bits, some of each, hooks, those who count operators, gradients, a GPU, no C compiler: the blocks
-          run in order, as before.
+Limit     At most 64 tokens: longer passes go by a library's products, which are made for many rows. In bfloat16, where the
+          processor does not multiply in it, those are slow, and up to 1,024 tokens pass here (docs/decisions.md). Layers that are
+          neither a plain nn.Linear nor offer `lines` of few bits, some of each, hooks, those who count operators, gradients, a GPU,
+          no C compiler: the blocks run in order, as before.
 Source    Dao et al. 2022, arXiv:2205.14135, section 3.1 (attention as one kernel); Thinking Machines Lab 2025, "Defeating
           nondeterminism in LLM inference" (kernels that do not depend on the batch).
 """
@@ -38,7 +38,7 @@ from effkit.core.technique import Paper, Technique
 from effkit.core.traits import DECODER
 from effkit.zoo.gpt import Attention, Block, FeedForward, InOrder, split
 
-FEW = 64  # tokens, over all rows, where a library multiplies fast
+FEW, MANY = 64, 1024  # tokens, over all rows, where a library multiplies fast and where it does not
 _SOURCE = Path(__file__).with_name("decoder.c")
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -200,8 +200,8 @@ def few(x: Float[Tensor, "b n d"]) -> bool:
     """Whether the kernels take this input."""
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and type(x) is Tensor
     quiet = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or listened())
-    tokens, slow = x.shape[0] * x.shape[1], x.dtype == torch.bfloat16 and not native.has_bfloat16()
-    return plain and quiet and tokens > 0 and (tokens <= FEW or slow)
+    slow = x.dtype == torch.bfloat16 and not native.has_bfloat16()
+    return plain and quiet and 0 < x.shape[0] * x.shape[1] <= (MANY if slow else FEW)
 
 
 def listened() -> bool:

@@ -1,4 +1,4 @@
-"""Compiling C with the system's compiler, once, and loading it; where there is none, everything falls back.
+"""Compiling C with the system's compiler, once, and loading it; where there is none, everything falls back. What the processor can.
 
 A kernel is cached in the user's own cache folder under a hash of its source, the compiler and its version, the flags
 and the processor's features, so that a changed file or another machine compiles anew; it is written whole or not at all.
@@ -105,7 +105,7 @@ def _key(text: str, cc: str) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16; where it does not, a library's products are slower in it than in float32."""
+    """Whether the processor multiplies in bfloat16; where it did not, a library's products were several times slower than in float32."""
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

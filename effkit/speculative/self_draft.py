@@ -9,7 +9,7 @@ Choice    What a set of blocks is worth is the acceptance of what it proposes, t
           one block back for another as long as acceptance grows.
 Cost      The blocks that are left out did something, and no other has learned to do without them: of SmolLM2's first
           half .10 is accepted, of its first 25 blocks of 30 .35 (`effkit study decoding`, temperature .8). gpt-target does not
-          miss a sixth of its own, well chosen (1.00): blocks that joined late and learned little.
+          miss a sixth of its own, well chosen (.999): blocks that joined late and learned little.
 Training  brings some of it back, and chapter 03 does it: Speculative(draft=Distill(student=EarlyExit(0.3))). What has learned
           is then the draft's own, and held beside the target.
 Left out  Leaving out only an attention or a feed-forward (Zhang et al., who search by Bayesian optimization for the best

@@ -13,7 +13,7 @@ Caches    A cell is one model in one precision: greedy texts by every cache and 
 Batches   Several texts at once, with the best draft and without.
 Serving   Tokens a second at the fastest arrivals at which 95 % of the answers come within one bound, by each policy; and
           percentiles of the seconds to an answer at the same arrivals.
-Passes    A pass over so many tokens, in one row.
+Passes    Some passes over so many tokens, in one row.
 Agreement Of what drafts made of SmolLM2 draw, how much it accepts, without the clock.
 """
 
@@ -42,20 +42,11 @@ from effkit.distillation import Distill
 from effkit.measure.latency import median_interval, samples
 from effkit.pruning import Magnitude
 from effkit.quantization import GPTQ, RTN
-from effkit.speculative import (
-    Eagle,
-    EarlyExit,
-    Jacobi,
-    Lookahead,
-    Medusa,
-    PromptLookup,
-    SkipLayers,
-    Speculative,
-    SpeculativeTree,
-)
+from effkit.speculative import Eagle, EarlyExit, Jacobi, Lookahead, Medusa, PromptLookup, SkipLayers, Speculative
 from effkit.speculative.batch import speculative_batch
 from effkit.speculative.law import expected_passes, expected_tokens, statistics
 from effkit.speculative.speculate import SpeculativeDecoding
+from effkit.speculative.tree import SpeculativeTree
 from effkit.speculative.verify import overlap
 from effkit.studies.study import Cells, Study
 from effkit.zoo.data import stdlib_text
@@ -72,7 +63,7 @@ LONG = 16  # texts by which tokens a pass are foretold
 LESSONS = 400_000  # tokens of the training text that a draft may learn from
 BATCHES = (1, 2, 4, 8, 16, 32)  # texts at once
 REQUESTS, RATES, PERCENT = 60, (0.5, 1.0, 2.0, 4.0), (50, 95, 99)  # of the stream that is served; that come in a second; of the seconds
-SIZES, HELD = (1, 2, 3, 4, 5, 7, 9, 17, 32), 128  # tokens of a pass, after so many
+SIZES, HELD, OFTEN = (1, 2, 3, 4, 5, 7, 9, 17, 32), 128, 4  # tokens of a pass, after so many; passes in a row, as where a text is written
 AGREEING: dict[str, Technique] = {
     "the first 25 of 30 blocks": EarlyExit(5 / 6), "the first 15": EarlyExit(0.5),
     "4 bits": RTN(bits=4, group_size=64), "3 bits": RTN(bits=3, group_size=64),
@@ -83,7 +74,7 @@ THEIRS: dict[str, dict] = {"dynamic": {}, "static": STATIC, "static, compiled": 
 
 
 def drafts(model: str) -> dict[str, Technique]:
-    """In words -> the technique: all of them for gpt-target, for gpt-small those that need no training, for which chapter 08 trains, and
+    """In words -> the technique: nearly all of them for gpt-target, some that need no training for gpt-small, for which chapter 08 has all, and
     few where a token takes long: `effkit study eagle` races more on SmolLM2."""
     lookup: dict[str, Technique] = {"prompt lookup": PromptLookup()}
     eight: dict[str, Technique] = {"prompt lookup, 8 at a time": PromptLookup(gamma=8)}
@@ -286,13 +277,14 @@ def serving() -> dict:
 
 
 def passes(name: str) -> dict:
-    """Seconds of a pass over so many tokens."""
+    """Seconds of OFTEN passes over so many tokens."""
     model: Any = Fused()(loaded(name)[0])
     cache, ids = model.new_cache(capacity=HELD + max(SIZES)), loaded(name)[1].val.at(0)[0][:1, : HELD + max(SIZES)]  # type: ignore[union-attr]
 
-    def run(n: int) -> Tensor:
-        cache.truncate(HELD)
-        return model(ids[:, cache.length : HELD + n], cache)
+    def run(n: int) -> None:
+        for _ in range(OFTEN):
+            cache.truncate(HELD)
+            model(ids[:, HELD : HELD + n], cache)
 
     with torch.no_grad():
         model(ids[:, :HELD], cache)
@@ -324,7 +316,7 @@ def cells() -> Cells:
 
 def settings() -> dict:
     numbers = {"trials": TRIALS, "few": FEW, "long": LONG, "prompt": PROMPT, "new": NEW, "rounds": ROUNDS, "batches": list(BATCHES), "requests": REQUESTS}
-    more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
+    more = {"temperatures": list(TEMPERATURES), "lessons": LESSONS, "often": OFTEN, "models": {name: str(dtype) for name, dtype in MODELS.items()}}
     more |= {"rates": list(RATES), "percent": list(PERCENT), "sizes": list(SIZES), "held": HELD, "agreeing": {k: to_json(v) for k, v in AGREEING.items()}}
     each = {f"{model}: {name}": to_json(draft) for model in MODELS for name, draft in drafts(model).items()}
     return numbers | more | {"drafts": each}

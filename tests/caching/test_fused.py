@@ -11,7 +11,7 @@ from torch import nn
 
 import effkit
 from effkit.caching import Fused, Preallocated, fused
-from effkit.caching.fused import FEW, FusedCache, Fusing, kernels
+from effkit.caching.fused import FEW, MANY, FusedCache, Fusing, kernels
 from effkit.caching.kv import PreallocatedCache
 from effkit.core import native
 from effkit.core.generation import ConcatCache, Sampler
@@ -389,17 +389,21 @@ def has(request, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_long_prompt_in_bfloat16_is_its_tokens_one_by_one_where_a_library_would_be_slow(has, calls):
+def test_a_long_prompt_in_bfloat16_is_its_tokens_one_by_one_where_a_library_would_be_slow(has, calls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fused, "kernels", lambda: asked.append(1) or kernels())
     blocks, ids = decoder(dtype=torch.bfloat16, sharpness=4.0), text(length := 2 * FEW + 5)
     wanted = chunked(model := Preallocated()(blocks), model.new_cache(capacity=length), ids, [])
     one, several = (chunked(model := Fused()(blocks), model.new_cache(capacity=length), ids, sizes) for sizes in ([1] * length, []))
     assert close(several, wanted) and close(one, wanted)
     assert len(calls) == length + (not has) and (has or torch.equal(one, several))
+    assert len(asked) == 2 * len(calls)  # for the blocks and for the output layer
 
 
 @torch.no_grad()
-def test_a_long_prompt_in_float32_runs_in_order_wherever(has, calls):
+def test_a_long_prompt_in_float32_runs_in_order_wherever_and_a_very_long_one_in_bfloat16(has, calls):
     Fused()(decoder(dtype=torch.float32))(text(FEW + 1))
+    Fused()(decoder(dtype=torch.bfloat16))(text(MANY // 8 + 1, rows=8))
     assert not calls
 
 
@@ -662,6 +666,14 @@ def test_narrower_registers_compute_the_same(dtype, monkeypatch):
     monkeypatch.setattr(fused, "_SOURCE", NARROWER + source.replace("at + 2 * n, kind", "at, kind"))
     with pytest.raises(AssertionError):
         computes_what_the_blocks_compute(24, (5, 6, 9), dtype=dtype, d_model=35, d_ff=37, head_dim=6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_processor_s_own_instructions_it_computes_the_same(dtype, monkeypatch):
+    """What other makes of processor compile. That a block is its tokens is for their compilers to keep, and for the laws above to see."""
+    for name in ("AVX512F", "AVX2", "FMA"):
+        monkeypatch.setattr(fused, "_SOURCE", f"#undef __{name}__\n" + (fused._SOURCE if isinstance(fused._SOURCE, str) else fused._SOURCE.read_text()))
+    computes_what_the_blocks_compute(24, (4, 1, 9), dtype=dtype, d_model=35, d_ff=37, head_dim=6)
 
 
 def test_a_sum_that_depends_on_the_number_of_tokens_is_noticed(monkeypatch):
