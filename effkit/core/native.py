@@ -17,8 +17,6 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from effkit.core.paths import cache_dir
 
 #: sums may be reordered; not -ffast-math, which would make the whole process flush denormal numbers to zero once the
@@ -106,6 +104,8 @@ def _key(text: str, cc: str) -> str:
 
 def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16; where it did not, a library's products were several times slower than in float32."""
+    import torch  # not above: `effkit doctor` looks for a compiler where there is no torch yet
+
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
