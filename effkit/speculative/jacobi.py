@@ -15,8 +15,8 @@ Cost      A wider pass: W - 1 + W (N - 2) + G (N - 1) tokens for G n-grams. Wher
 Choice    As in the paper the window moves on by a column a pass, however many tokens came, so that its places drift
           behind; one that moves with the text has to begin its last columns anew, and gave fewer tokens a pass.
 Numbers   Tokens a pass of gpt-target, greedily, on the eight held-out texts of 64 tokens of `effkit study decoding`: Jacobi 1.04,
-          lookahead 2.0, prompt lookup 2.5; the writing .6, .7 and 1.9
-          times as fast as plainly. A target that was not trained to guess ahead hardly does.
+          lookahead 2.0, prompt lookup 2.5; the writing .6, .7 and 1.9 times as fast as plainly. A target that was not
+          trained to guess ahead hardly does.
 Left out  Its code begins with random tokens and proposes nothing until all levels are filled; it can fill its pool from
           the prompt, too (lookup.py does that).
 Source    Santilli et al. 2023, arXiv:2305.10427, section 3.2, whose block is refined until nothing changes; here it moves
